@@ -297,8 +297,10 @@ def collect(args: Collect) -> str:
     env, kind = args.env_id.split("-", 1)
     dataset_id, d4rl, began = f"o2o/{env}/{kind}-v0", TARGETS.get(env, {}).get(kind), time.time()
     if (final := get_dataset_path(dataset_id)).exists():
-        steps = minari.load_dataset(dataset_id).total_steps
-        print(f"{dataset_id} is there already with {steps:,} steps: nothing to do (to build it anew, delete {final})")
+        dataset = minari.load_dataset(dataset_id)
+        print(f"{dataset_id} is there with {dataset.total_steps:,} steps (to build it anew, delete {final})")
+        if args.plot:
+            plot(np.array([episode.rewards.sum() for episode in dataset]), d4rl, dataset_id, args.plot)
         return dataset_id
     kinds, episodes = ["medium", "expert"] if kind == "medium-expert" else [kind], []
     bar = tqdm(total=args.steps, desc=dataset_id, unit="step", unit_scale=True, mininterval=1)

@@ -230,10 +230,8 @@ def find_dataset(args: Args) -> tuple[str, Path, str]:
     if args.dataset == "official" or "/" in args.env_id:
         fail(f"{dataset_id} is not at {path}: put it there, or use a short name and --dataset stand-in")
     stand_in, maker = f"o2o/{env}/{kind}-v0", Path(__file__).with_name("make_dataset.py")
-    path, command = (
-        Path(minari.storage.get_dataset_path(stand_in)),
-        [sys.executable, maker, "collect", "--env-id", name],
-    )
+    path = Path(minari.storage.get_dataset_path(stand_in))
+    command = [sys.executable, maker, "collect", "--env-id", name]
     if not path.exists() and (not maker.exists() or subprocess.run(command).returncode):
         fail(f"no stand-in {stand_in}: make_dataset.py and policies/ must lie beside this script and have this task")
     print(f"!!! training on the STAND-IN {stand_in}: its scores are not comparable with those on {dataset_id} !!!")
@@ -478,15 +476,17 @@ def evaluate(act, env: gym.Env, task: Task, args: Args) -> dict[str, float]:
     return {"return": float(np.mean(returns)), "normalized_score": task.score(float(np.mean(returns)))}
 
 
-def degradation(steps: list[int], scores: list[float]) -> dict:
-    """What fine-tuning cost and gained; the formulas are in README.md. `scores[0]` is the offline policy's."""
-    drops = [max(scores[0] - score, 0.0) for score in scores]
-    gains = [step for i, step in enumerate(steps[:-2]) if min(scores[i : i + 3]) > scores[0] + 10]
-    result = {"offline_score": scores[0], "final_score": scores[-1], "lowest_score": min(scores), "drop": max(drops)}
-    regret = min(max(1 - sum(scores) / len(scores) / 100, 0.0), 1.0)
-    return result | {
+def degradation(offline_score: float, steps: list[int], scores: list[float]) -> dict:
+    """What fine-tuning cost and gained over the online evaluations; the formulas are in README.md."""
+    drops = [max(offline_score - score, 0.0) for score in scores]
+    gains = [step for i, step in enumerate(steps[:-2]) if min(scores[i : i + 3]) > offline_score + 10]
+    return {
+        "offline_score": offline_score,
+        "final_score": scores[-1],
+        "lowest_score": min(scores),
+        "drop": max(drops),
         "degradation_area": sum(drops) / len(drops),
-        "regret": regret,
+        "regret": min(max(1 - sum(scores) / len(scores) / 100, 0.0), 1.0),
         "steps_to_gain": min(gains, default=None),
     }
 
@@ -596,7 +596,11 @@ class Run:
         )
         summary = {name: getattr(args, name) for name in ("env_id", "seed", "offline_steps", "online_steps")}
         summary |= {"algorithm": args.exp_name, "dataset_id": task.dataset_id, "eval_env": task.env_spec.id}
-        summary |= degradation(self.progress["steps"], self.progress["scores"]) | more | {"seconds": seconds}
+        summary |= (
+            degradation(*(self.progress[key] for key in ("offline_score", "steps", "scores")))
+            | more
+            | {"seconds": seconds}
+        )
         summary |= {"updates_per_second": (args.offline_steps + args.online_steps * args.utd_ratio) / seconds}
         summary |= {"versions": {name: version(name) for name in ("torch", "gymnasium", "mujoco", "minari", "numpy")}}
         summary |= {"device": "cuda" if args.cuda else "cpu", "commit": commit.stdout.strip() or None}
@@ -647,6 +651,8 @@ def train(args: Args) -> dict:
         if run.stop or step % args.save_every == 0:
             run.save()
     save_file(run.dir / "offline.pt", identity | {"agent": agent.state_dict()})
+    if not progress["steps"]:
+        progress["offline_score"] = evaluate(agent.act, eval_env, task, args)["normalized_score"]
 
     # ---- online ----
     env, update = task.make_env(), partial(run_updates, agent, buffer, args.utd_ratio, args.online_share)

@@ -62,7 +62,7 @@ class Args:
     gamma: float = 0.99  # discount
     tau: float = 0.005  # share of the new weights that a target network takes over at each update
     learning_rate: float = 3e-4  # of Adam, for all networks [D2]
-    hidden: int = 256  # units in each of the two hidden layers
+    hidden: int = 256  # units in each hidden layer
     buffer_size: int = 1_000_000  # online transitions kept [D3]
     eval_every: int = 5_000  # gradient steps (offline), environment steps (online)
     eval_episodes: int = 10  # per evaluation
@@ -124,6 +124,14 @@ def fail(message: str) -> NoReturn:
     sys.exit(2)
 
 
+class EndAtGoal(gym.Wrapper):
+    """Reaching the goal terminates the episode, as in D4RL's antmaze; Minari's mazes may go on."""
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        return obs, reward, terminated or bool(info["success"]), truncated, info
+
+
 @dataclass
 class Task:
     """A dataset as the agent sees it, one row a transition, and its environment."""
@@ -152,6 +160,7 @@ class Task:
         """Observations as in `data`, actions in [-1, 1], rewards not transformed."""
         env = gym.make(self.env_spec, render_mode="rgb_array" if video_dir else None)
         env = gym.wrappers.RecordVideo(env, str(video_dir), episode_trigger=lambda _: True) if video_dir else env
+        env = EndAtGoal(env) if self.domain in GOAL_DOMAINS else env
         box = gym.spaces.Box(-np.inf, np.inf, self.obs_mean.shape, np.float32)
         return gym.wrappers.RescaleAction(gym.wrappers.TransformObservation(env, self.transform_obs, box), -1.0, 1.0)
 
@@ -288,6 +297,7 @@ def load_task(args: Args) -> Task:
     if domain in GOAL_DOMAINS:
         failed = np.repeat(returns <= 0, np.diff(np.append(first, len(last))))
         data["return_to_go"][failed] = task.transform_reward(0.0) / (1 - args.gamma)
+        data["terminated"] |= data["reward"] > task.transform_reward(0.0)  # see EndAtGoal
     data["action"] = np.clip(2 * (data["action"] - box.low) / (box.high - box.low) - 1, -1 + 1e-5, 1 - 1e-5)  # [D4]
     data["obs"], data["next_obs"] = task.transform_obs(data["obs"]), task.transform_obs(data["next_obs"])
     known = data.pop("known")

@@ -1,0 +1,794 @@
+"""Cal-QL, offline and then online, in one file: Nakamoto et al., "Calibrated Offline RL Pre-Training" (2023).
+
+    python cal_ql.py --env-id hopper-medium
+
+How to read it: `Agent` is the paper (Eq. of arXiv 2303.05479; "CQL": Kumar et al., arXiv 2006.04779) and `train`, the
+last function, is the run from top to bottom. Tasks, data, buffer, evaluation and run folder are the same text in all
+four scripts of CleanO2O. Metrics, results and the sources of the hyper-parameters: README.md. Departures from the
+authors' code:
+[D1] The transition that a time-out ends is learned from, if its next observation is known; the authors leave it out of
+     the dataset. Kitchen has Minari's rewards, one for a solved subtask, and returns that end with the episode.
+[D2] Locomotion and pointmaze have no published setting: both are ours. Adroit is D4RL's, of dense rewards, with CORL's
+     setting, whose scores stay at the floor there; the paper's has binary rewards.
+[D3] An online episode that the end of the run cuts short is not learned from; the authors run past that end.
+[D4] Data actions clipped to +-(1 - 1e-5) in every domain.
+"""
+
+import copy
+import difflib
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import ClassVar, Literal, NoReturn
+from unittest.mock import patch
+
+import gymnasium as gym
+import gymnasium_robotics  # noqa: F401, registers its environments
+import h5py
+import minari
+import numpy as np
+import pooch
+import torch
+import tyro
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    env_id: str = "hopper-medium"  # task: a short name, a full Minari id, or the path of a D4RL .hdf5 file
+    eval_env: str | None = None  # Gymnasium environment of a .hdf5 file given by its path
+    dataset: Literal["auto", "official", "stand-in"] = "auto"  # auto: official, a stand-in if it cannot be reached
+    seed: int = 1  # of networks, batches, exploration and environments
+    exp_name: str = "cal_ql"  # the run folder is run_dir/env_id__exp_name__seed
+    run_dir: str = "runs"  # where run folders go
+    cuda: bool = torch.cuda.is_available()  # train on the GPU
+    torch_deterministic: bool = True  # deterministic kernels only
+    offline_steps: int = 1_000_000  # gradient steps before the first environment step
+    online_steps: int = 1_000_000  # environment steps after that
+    utd_ratio: int = 1  # gradient steps per environment step
+    batch_size: int = 256  # transitions per gradient step
+    gamma: float = 0.99  # discount
+    tau: float = 0.005  # share of the new weights that a target network takes over at each update
+    critic_learning_rate: float = 3e-4  # of Adam, for critics and conservative multiplier
+    actor_learning_rate: float = 1e-4  # of Adam, for actor and temperature
+    hidden: int = 256  # units in each hidden layer
+    buffer_size: int = 1_000_000  # online transitions kept [D3]
+    eval_every: int = 5_000  # gradient steps (offline), environment steps (online)
+    eval_episodes: int = 10  # per evaluation
+    offline_checkpoint: str | None = None  # start online from the offline.pt of another run of the same task
+    save_every: int = 50_000  # steps between checkpoints
+    resume: bool = False  # continue the run folder from its checkpoint; starts anew where there is none
+    track: bool = False  # also log to Weights & Biases
+    wandb_project_name: str = "cleano2o"
+    wandb_entity: str | None = None
+    capture_video: bool = False  # film the evaluation episodes (needs moviepy)
+    compile: bool = False  # torch.compile the losses
+    cuda_graph: bool = False  # replay updates as one captured CUDA graph
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # medium: bfloat16 where the processor has it
+    calibrate: bool = True  # Cal-QL; CQL without it
+    n_actions: int = 10  # drawn in a state from each of the uniform distribution, pi(s) and pi(s')
+    target_gap: float = 0.8  # tau in CQL App. F, where lagrange is on
+    gap_min: float = -math.inf  # a state's gap counts as no less; CORL: -200
+    # None below: the value of the task's domain.
+    critic_layers: int | None = None  # hidden ones
+    actor_layers: int | None = None
+    conservative_weight: float | None = None  # alpha in Eq. 5.1, offline and online
+    lagrange: bool | None = None  # learn a multiplier of that weight which holds the mean gap at target_gap
+    max_target_backup: bool | None = None  # back up the best of n_actions, not just one
+    importance_sampling: bool | None = None  # of the log-sum-exp; without it the data's action is in the sum instead
+    mixing_ratio: float | None = None  # share of the dataset in online batches
+    reward_scale: float | None = (
+        None  # r -> scale * r + bias, dataset and online; 0: 1000 / return range of the dataset
+    )
+    reward_bias: float | None = None
+    normalize_obs: bool | None = None  # by mean and standard deviation of the dataset
+    # Antmaze, kitchen: the authors', who have 512 hidden units in kitchen. Adroit: CORL's. Ours [D2]: locomotion from
+    # the CQL authors' offline setting, pointmaze from antmaze.
+    domain_values: ClassVar[dict[str, dict]] = {
+        "locomotion": {"critic_layers": 2, "conservative_weight": 5.0, "max_target_backup": False},
+        "antmaze": {"critic_layers": 4, "lagrange": True, "reward_scale": 10.0, "reward_bias": -5.0},
+        "adroit": {"critic_layers": 3, "actor_layers": 3, "conservative_weight": 1.0},
+        "kitchen": {"critic_layers": 3, "actor_layers": 3, "importance_sampling": False, "mixing_ratio": 0.25},
+        "pointmaze": {"critic_layers": 4, "lagrange": True, "reward_scale": 10.0, "reward_bias": -5.0},
+        "any": {"critic_layers": 2, "actor_layers": 2, "conservative_weight": 5.0, "lagrange": False}
+        | {"max_target_backup": True, "importance_sampling": True, "mixing_ratio": 0.5}
+        | {"reward_scale": 1.0, "reward_bias": 0.0, "normalize_obs": False},
+    }
+
+
+LOCOMOTION = "random medium expert medium-replay medium-expert full-replay"
+ANTMAZE = "umaze umaze-diverse medium-play medium-diverse large-play large-diverse"
+POINTMAZE = "umaze medium large open umaze-dense medium-dense large-dense open-dense"
+ENVS = {  # D4RL's environments: domain, return of a random and of an expert policy (scores 0 and 100), datasets
+    "halfcheetah": ("locomotion", -280.178953, 12135.0, "halfcheetah-{}-v2", LOCOMOTION),
+    "hopper": ("locomotion", -20.272305, 3234.3, "hopper-{}-v2", LOCOMOTION),
+    "walker2d": ("locomotion", 1.629008, 4592.3, "walker2d-{}-v2", LOCOMOTION),
+    "antmaze": ("antmaze", 0.0, 1.0, "D4RL/antmaze/{}-v1", ANTMAZE),
+    "pointmaze": ("pointmaze", 0.0, 1.0, "D4RL/pointmaze/{}-v2", POINTMAZE),
+    "pen": ("adroit", 96.262799, 3076.8331017826877, "D4RL/pen/{}-v2", "human cloned expert"),
+    "hammer": ("adroit", -274.856578, 12794.134825156867, "D4RL/hammer/{}-v2", "human cloned expert"),
+    "door": ("adroit", -56.512833, 2880.5693087298737, "D4RL/door/{}-v2", "human cloned expert"),
+    "relocate": ("adroit", -6.425911, 4233.877797728884, "D4RL/relocate/{}-v2", "human cloned expert"),
+    "kitchen": ("kitchen", 0.0, 4.0, "D4RL/kitchen/{}-v2", "complete partial mixed"),
+}
+TASKS = {f"{env}-{kind}": row[3].format(kind) for env, row in ENVS.items() for kind in row[4].split()}
+GOAL_DOMAINS = ("antmaze", "pointmaze")  # the return of an episode is its success, 0 or 1
+HDF5_ENVS = {"halfcheetah": "HalfCheetah-v4", "hopper": "Hopper-v4", "walker2d": "Walker2d-v4"}  # recorded in gym's -v2
+HDF5_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2/"
+
+
+def fail(message: str) -> NoReturn:
+    """Bad input: one line that says what is wrong and what to do about it, exit code 2."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+class EndAtGoal(gym.Wrapper):
+    """Reaching the goal terminates the episode, as in D4RL's antmaze; Minari's mazes may go on."""
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        return obs, reward, terminated or bool(info["success"]), truncated, info
+
+
+@dataclass
+class Task:
+    """A dataset as the agent sees it, one row a transition, and its environment."""
+
+    dataset_id: str
+    env_spec: gym.envs.registration.EnvSpec
+    domain: str
+    ref_min: float
+    ref_max: float
+    reward_scale: float
+    reward_bias: float
+    obs_mean: np.ndarray
+    obs_std: np.ndarray
+    data: dict[str, np.ndarray]  # obs, action, next_obs, reward, terminated, truncated, return_to_go
+
+    def transform_reward(self, reward):
+        return self.reward_scale * reward + self.reward_bias
+
+    def transform_obs(self, obs):
+        return ((flatten_obs(obs) - self.obs_mean) / self.obs_std).astype(np.float32)
+
+    def score(self, episode_return: float) -> float:
+        return 100 * (episode_return - self.ref_min) / (self.ref_max - self.ref_min)
+
+    def make_env(self, video_dir: Path | None = None) -> gym.Env:
+        """Observations as in `data`, actions in [-1, 1], rewards not transformed."""
+        env = gym.make(self.env_spec, render_mode="rgb_array" if video_dir else None)
+        env = gym.wrappers.RecordVideo(env, str(video_dir), episode_trigger=lambda _: True) if video_dir else env
+        env = EndAtGoal(env) if self.domain in GOAL_DOMAINS else env
+        box = gym.spaces.Box(-np.inf, np.inf, self.obs_mean.shape, np.float32)
+        return gym.wrappers.RescaleAction(gym.wrappers.TransformObservation(env, self.transform_obs, box), -1.0, 1.0)
+
+
+def flatten_obs(obs):
+    """A goal dict (one observation or many) as one vector; kitchen's goal, a dict, never varies and is left out."""
+    if not isinstance(obs, dict):
+        return obs
+    keys = ("achieved_goal", "observation", "desired_goal")
+    return obs["observation"] if isinstance(obs[keys[2]], dict) else np.concatenate([obs[key] for key in keys], -1)
+
+
+def read_hdf5(path: Path, max_episode_steps: int) -> dict[str, np.ndarray]:
+    """A D4RL file. Without `next_observations` the one after a time-out is not to be had, and that transition is not
+    `known`; without `timeouts` the steps are counted."""
+    names = {"obs": "observations", "action": "actions", "reward": "rewards", "terminated": "terminals"}
+    with h5py.File(path) as file:
+        data = {key: file[name][:] for key, name in names.items()} | {"terminated": file["terminals"][:].astype(bool)}
+        n, has_next, start = len(data["reward"]), "next_observations" in file, 0
+        data["next_obs"] = file["next_observations"][:] if has_next else np.roll(data["obs"], -1, 0)
+        data["truncated"] = file["timeouts"][:].astype(bool) if "timeouts" in file else np.zeros(n, bool)
+        for i in range(0 if "timeouts" in file else n):
+            data["truncated"][i] = i - start == max_episode_steps - 1
+            start = i + 1 if data["terminated"][i] or data["truncated"][i] else start
+    data["truncated"][n - 1 :] = True  # the file may end in the middle of an episode
+    data["truncated"] &= ~data["terminated"]
+    return data | {"known": ~data["truncated"] | has_next}
+
+
+def read_minari(dataset: minari.MinariDataset) -> dict[str, np.ndarray]:
+    """A Minari dataset: its episodes have one observation more than steps, so every next observation is known."""
+    episodes = list(dataset.iterate_episodes())
+    obs = [flatten_obs(episode.observations) for episode in episodes]
+    data = {"obs": np.concatenate([o[:-1] for o in obs]), "next_obs": np.concatenate([o[1:] for o in obs])}
+    for key, name in {"action": "actions", "reward": "rewards", "terminated": "terminations"}.items():
+        data[key] = np.concatenate([getattr(episode, name) for episode in episodes])
+    last = np.concatenate([np.arange(len(episode)) == len(episode) - 1 for episode in episodes])
+    return data | {"truncated": last & ~data["terminated"], "known": np.ones(len(last), bool)}
+
+
+def download(dataset_id: str, path: Path) -> None:
+    """Fetch an official dataset, with a progress bar, under a temporary name that becomes `path` when it is whole."""
+    if path.suffix == ".hdf5":
+        downloader = pooch.HTTPDownloader(progressbar=True, timeout=10)
+        pooch.retrieve(HDF5_URL + path.name, None, path.name, path.parent, downloader=downloader)
+        return
+    urllib.request.urlopen("https://huggingface.co", timeout=10).close()  # minari would retry for half a minute
+    with tempfile.TemporaryDirectory(prefix=".download-", dir=minari.storage.get_dataset_path()) as part:
+        with patch.dict(os.environ, MINARI_DATASETS_PATH=part):
+            minari.download_dataset(dataset_id)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(Path(part, dataset_id), path)
+
+
+def find_dataset(args: Args) -> tuple[str, Path, str]:
+    """Id, local path and environment (first word of the task) of the dataset: local, else official, else stand-in."""
+    name, dataset_id, path = args.env_id.removesuffix("-v2"), args.env_id, Path(args.env_id)
+    if path.suffix == ".hdf5":
+        if not path.exists() or not args.eval_env:
+            fail(f"{path}: no such file" if args.eval_env else f"{path} needs --eval-env, for instance Hopper-v4")
+        return path.stem, path, args.eval_env.split("-")[0].lower()
+    if "/" not in args.env_id and name not in TASKS:
+        near = ", ".join(difflib.get_close_matches(name, TASKS, 3, 0.2))
+        fail(f"unknown task {args.env_id}; nearest: {near}; or a full Minari id, or the path of a .hdf5 file")
+    dataset_id = TASKS.get(name, args.env_id)
+    env, kind = dataset_id.split("/")[-2:] if "/" in args.env_id else name.split("-", 1)
+    path = Path(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets"), f"{dataset_id}.hdf5").expanduser()
+    path = Path(minari.storage.get_dataset_path(dataset_id)) if "/" in dataset_id else path
+    if args.dataset != "stand-in":
+        try:
+            if not path.exists():
+                download(dataset_id, path)
+            return dataset_id, path, env
+        except Exception as error:  # whatever server, network and libraries raise: it is not to be had
+            print(f"cannot fetch {dataset_id}: {str(error).splitlines()[0]}")
+    if args.dataset == "official" or "/" in args.env_id:
+        fail(f"{dataset_id} is not at {path}: put it there, or use a short name and --dataset stand-in")
+    stand_in, maker = f"o2o/{env}/{kind}-v0", Path(__file__).with_name("make_dataset.py")
+    path = Path(minari.storage.get_dataset_path(stand_in))
+    command = [sys.executable, maker, "collect", "--env-id", name]
+    if not path.exists() and (not maker.exists() or subprocess.run(command).returncode):
+        fail(f"no stand-in {stand_in}: make_dataset.py and policies/ must lie beside this script and have this task")
+    print(f"!!! training on the STAND-IN {stand_in}: its scores are not comparable with those on {dataset_id} !!!")
+    return stand_in, path, env
+
+
+def load_task(args: Args) -> Task:
+    """The task with its data checked, described and transformed; `args` gets the domain's value where it has None."""
+    dataset_id, path, env = find_dataset(args)
+    try:
+        if path.suffix == ".hdf5":
+            spec, meta = gym.spec(args.eval_env or HDF5_ENVS[env]), {}
+            data = read_hdf5(path, spec.max_episode_steps)
+        else:
+            dataset = minari.MinariDataset(path / "data")
+            spec, meta = dataset.recover_environment(eval_env=True).spec, dataset.storage.metadata
+            data = read_minari(dataset)
+    except (OSError, KeyError, ValueError, gym.error.Error) as error:
+        fail(f"cannot read {path} ({str(error).splitlines()[0]}); delete it to have it fetched again")
+    world = gym.make(spec)
+    box, obs = world.action_space, flatten_obs(world.reset(seed=0)[0])
+    if not isinstance(box, gym.spaces.Box):
+        fail(f"{dataset_id}: actions are {box}; only continuous ones (Box) are supported")
+    for key, shape in {"obs": obs.shape, "next_obs": obs.shape, "action": box.shape, "reward": ()}.items():
+        if not len(data[key]) or data[key].shape[1:] != shape or len(data[key]) != len(data["reward"]):
+            fail(f"{dataset_id}: {key} has shape {data[key].shape}, {spec.id} needs (1 or more, *{shape})")
+        if not np.isfinite(data[key]).all():
+            fail(f"{dataset_id}: {key} has NaN or infinite values; delete {path} to have it fetched again")
+
+    domain, ref_min, ref_max, *_ = ENVS.get(env, ("locomotion", meta.get("ref_min_score"), meta.get("ref_max_score")))
+    last = data["terminated"] | data["truncated"]
+    first = np.append(0, np.flatnonzero(last)[:-1] + 1)
+    returns = np.add.reduceat(data["reward"], first, dtype=np.float64)
+    returns = np.minimum(returns, 1) if domain in GOAL_DOMAINS else returns
+    ref_min, ref_max = (returns.min(), returns.max()) if ref_max is None else (ref_min, ref_max)
+    if path.suffix != ".hdf5" and meta.get("ref_max_score") is None:
+        print(f"{dataset_id} has no reference scores; 0 and 100 are returns of {ref_min:.1f} and {ref_max:.1f}")
+    for name, value in (args.domain_values["any"] | args.domain_values[domain]).items():
+        setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
+    args.reward_scale = float(args.reward_scale or 1000 / max(np.ptp(returns), 1e-6))
+    mean, std = (data["obs"].mean(0), data["obs"].std(0) + 1e-3) if args.normalize_obs else (0 * obs, 0 * obs + 1)
+    task = Task(dataset_id, spec, domain, ref_min, ref_max, args.reward_scale, args.reward_bias, mean, std, data)
+    print(
+        f"{dataset_id}: {len(last):,} transitions, {len(first):,} episodes ({data['terminated'].sum():,} terminated, "
+        f"{data['truncated'].sum():,} truncated), return mean {returns.mean():.1f}, min {returns.min():.1f}, "
+        f"max {returns.max():.1f}, normalised mean {task.score(returns.mean()):.1f}"
+    )
+    # Return-to-go of the transformed reward. A goal never reached counts as never reached for ever after; an episode
+    # of dense rewards cut by its time limit as earning nothing more: too low by gamma^k of the value, k steps before.
+    data["reward"] = task.transform_reward(data["reward"])
+    data["return_to_go"], g = np.empty(len(last)), 0.0
+    for i in reversed(range(len(last))):
+        data["return_to_go"][i] = g = data["reward"][i] + args.gamma * (0.0 if last[i] else g)
+    if domain in GOAL_DOMAINS:
+        failed = np.repeat(returns <= 0, np.diff(np.append(first, len(last))))
+        data["return_to_go"][failed] = task.transform_reward(0.0) / (1 - args.gamma)
+        data["terminated"] |= data["reward"] > task.transform_reward(0.0)  # see EndAtGoal
+    data["action"] = np.clip(2 * (data["action"] - box.low) / (box.high - box.low) - 1, -1 + 1e-5, 1 - 1e-5)  # [D4]
+    data["obs"], data["next_obs"] = task.transform_obs(data["obs"]), task.transform_obs(data["next_obs"])
+    known = data.pop("known")
+    task.data = {key: value[known].astype(np.float32) for key, value in data.items()}
+    return task
+
+
+class ReplayBuffer:
+    """Dataset and online transitions as rows of one matrix on the training device, so that a batch is one gather and
+    then views. The first rows are the dataset's, the others a ring of the latest online transitions."""
+
+    keys = ("obs", "action", "next_obs", "reward", "terminated", "return_to_go")
+
+    def __init__(self, data: dict[str, np.ndarray], capacity: int, device: torch.device):
+        rows = np.concatenate([data[key].reshape(len(data[key]), -1) for key in self.keys], 1)
+        self.widths = [data[key].shape[1] for key in self.keys[:3]] + [1] * 3
+        self.n_dataset, self.capacity, self.added = len(rows), capacity, 0
+        self.rows = torch.zeros(len(rows) + capacity, rows.shape[1], device=device)
+        self.rows[: len(rows)] = torch.from_numpy(rows)
+        self.n_online = torch.zeros((), dtype=torch.float64, device=device)  # a tensor: read inside CUDA graphs
+
+    def add(self, obs, action, next_obs, reward, terminated, return_to_go=0.0) -> None:
+        row = np.concatenate([obs, action, next_obs, [reward, terminated, return_to_go]], dtype=np.float32)
+        self.rows[self.n_dataset + self.added % self.capacity] = torch.from_numpy(row).to(self.rows.device)
+        self.added += 1
+        self.n_online.fill_(min(self.added, self.capacity))
+
+    def sample(self, n: int, online_share: float | None = None) -> dict[str, Tensor]:
+        """n transitions, (n, dim) or (n,) each: from all rows alike, or a fixed share of them from the online ones."""
+        u = torch.rand(n, dtype=torch.float64, device=self.rows.device)
+        index = u * (self.n_dataset + self.n_online)
+        if online_share is not None:
+            online = torch.arange(n, device=u.device) < round(n * online_share)
+            index = torch.where(online, self.n_dataset + u * self.n_online, u * self.n_dataset)
+        columns = self.rows[index.long()].split(self.widths, 1)
+        return dict(zip(self.keys, columns[:3] + tuple(c.squeeze(1) for c in columns[3:]), strict=True))
+
+    def state_dict(self) -> dict:
+        n = self.n_dataset + min(self.added, self.capacity)
+        return {"added": self.added, "online": self.rows[self.n_dataset : n].clone()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.added, n = state["added"], len(state["online"])
+        self.rows[self.n_dataset : self.n_dataset + n] = state["online"]
+        self.n_online.fill_(n)
+
+
+def orthogonal(n_in: int, n_out: int, output: bool) -> Tensor:
+    """Initial weight of a layer, (n_in, n_out), as the authors have it: an output layer starts near zero."""
+    return nn.init.orthogonal_(torch.empty(n_in, n_out), 1e-2 if output else math.sqrt(2))
+
+
+class TanhGaussianActor(nn.Module):
+    """tanh(Normal(mean(s), exp(log_std(s)))), log_std being a learned scale and shift of a network's output."""
+
+    def __init__(self, obs_dim: int, action_dim: int, hidden: int, layers: int):
+        super().__init__()
+        sizes, self.net = [obs_dim, *[hidden] * layers, 2 * action_dim], nn.Sequential()
+        for i in range(layers + 1):
+            linear = nn.Linear(sizes[i], sizes[i + 1])
+            linear.weight.data = orthogonal(*sizes[i : i + 2], output=i == layers).T.contiguous()
+            linear.bias.data.zero_()
+            self.net.extend([linear] if i == layers else [linear, nn.ReLU()])
+        self.log_std_scale, self.log_std_shift = nn.Parameter(torch.ones(())), nn.Parameter(-torch.ones(()))
+
+    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log standard deviation before the tanh, (n, action_dim) each."""
+        mean, log_std = self.net(obs).chunk(2, -1)
+        return mean, (self.log_std_scale * log_std + self.log_std_shift).clamp(-20, 2)
+
+
+def squash(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Actions (n, k, action_dim) that standard-normal `noise` of this shape makes, and their log-densities (n, k)."""
+    mean, log_std = mean.unsqueeze(1), log_std.unsqueeze(1)
+    raw = mean + log_std.exp() * noise
+    log_det = 2 * (math.log(2) - raw - nn.functional.softplus(-2 * raw))  # log(1 - tanh(raw)^2), without its underflow
+    return torch.tanh(raw), (-0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi) - log_det).sum(-1)
+
+
+class StackedCritic(nn.Module):
+    """Two independent Q(s, a) networks of any depth, for many actions a state; weights and values stacked on dim 0."""
+
+    def __init__(self, obs_dim: int, action_dim: int, hidden: int, layers: int):
+        super().__init__()
+        self.split, sizes = [obs_dim, action_dim], [obs_dim + action_dim, *[hidden] * layers, 1]
+        pairs = [[orthogonal(sizes[i], sizes[i + 1], output=i == layers) for _ in range(2)] for i in range(layers + 1)]
+        self.weights = nn.ParameterList(torch.stack(pair) for pair in pairs)
+        self.biases = nn.ParameterList(torch.zeros(2, 1, n) for n in sizes[1:])
+
+    def forward(self, obs: Tensor, action: Tensor, frozen: bool = False) -> Tensor:
+        """Values (2, n, k) of actions (n, k, action_dim) at obs (n, obs_dim); frozen: no gradient for the weights."""
+        weights, biases = ([p.detach() if frozen else p for p in ps] for ps in (self.weights, self.biases))
+        of_obs, of_action = weights[0].split(self.split, 1)
+        at_obs = torch.baddbmm(biases[0], obs.expand(2, *obs.shape), of_obs).unsqueeze(2)
+        # A processor takes 1000 actions at a time: what a layer writes is still in its cache when the next reads it.
+        n, values = len(obs) if obs.is_cuda else 1000 // action.shape[1], []
+        for part, a in zip(at_obs.split(n, 1), action.split(n), strict=True):
+            # Layer 1 is W [s, a] = W_s s + W_a a: the wide part once a state, only the narrow one for every action.
+            x = part + (a.flatten(0, 1) @ of_action).unflatten(1, a.shape[:2])
+            x = x.relu_().flatten(1, 2)
+            for weight, bias in zip(weights[1:-1], biases[1:-1], strict=True):
+                x = torch.baddbmm(bias, x, weight).relu_()
+            values.append(torch.baddbmm(biases[-1], x, weights[-1]).view(2, *a.shape[:2]))
+        return torch.cat(values, 1)
+
+
+class Agent(nn.Module):
+    """Conservative Q-learning on a soft actor-critic, its conservatism bounded below by the data's returns."""
+
+    def __init__(self, obs_dim: int, action_dim: int, args: Args):
+        super().__init__()
+        self.args, self.action_dim = args, action_dim
+        self.algorithm = f"cal_ql-{args.critic_layers}-{args.actor_layers}"  # runs with the same one share offline.pt
+        self.actor = TanhGaussianActor(obs_dim, action_dim, args.hidden, args.actor_layers)
+        self.critic = StackedCritic(obs_dim, action_dim, args.hidden, args.critic_layers)
+        self.log_alpha = nn.Parameter(torch.zeros(()))  # temperature
+        self.log_alpha_prime = nn.Parameter(torch.ones(()))  # Lagrange multiplier of the gap
+        self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        self.sources, self.targets = list(self.critic.parameters()), list(self.target_critic.parameters())
+        slow = {"params": [*self.actor.parameters(), self.log_alpha], "lr": args.actor_learning_rate}
+        fast = {"params": [*self.sources, self.log_alpha_prime], "lr": args.critic_learning_rate}
+        self.optimizer = torch.optim.Adam([slow, fast], fused=True, capturable=self.log_alpha.is_cuda)
+
+    def draw_noise(self, like: Tensor) -> dict[str, Tensor]:
+        """What the sampled actions are made of, for a batch of n states and k = n_actions, of shape (n, k, action_dim):
+        `random`, uniform in [-1, 1]; `policy` and `next_policy`, standard normal, for the log-sum-exp's actions of
+        pi(s) and pi(s'); `backup`, standard normal, for the target's of pi(s'), (n, 1, action_dim) without
+        max_target_backup; `actor`, standard normal, (n, 1, action_dim), for the losses of policy and temperature."""
+        n, k, options = len(like), self.args.n_actions, {"dtype": like.dtype, "device": like.device}
+        sizes = {"policy": k, "next_policy": k, "backup": k if self.args.max_target_backup else 1, "actor": 1}
+        normal = torch.randn(n, sum(sizes.values()), self.action_dim, **options).split(list(sizes.values()), 1)
+        return dict(zip(sizes, normal, strict=True)) | {"random": 2 * torch.rand(n, k, self.action_dim, **options) - 1}
+
+    def loss(self, batch: dict[str, Tensor], noise: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Scalars. Every loss reads all networks as they are before the update, as the authors' do; critic_loss is the
+        sum of both critics', cql_gap_0 and cql_gap_1 (detached) are their mean gaps."""
+        args, obs, next_obs, k = self.args, batch["obs"], batch["next_obs"], self.args.n_actions
+        mean, log_std = self.actor(obs)  # once a state, however many actions are drawn there
+        with torch.no_grad():
+            next_mean, next_log_std = self.actor(next_obs)
+            policy_action, policy_log_prob = squash(mean, log_std, noise["policy"])
+            next_action, next_log_prob = squash(next_mean, next_log_std, noise["next_policy"])
+            uniform_log_prob = torch.full_like(policy_log_prob, -self.action_dim * math.log(2))
+
+            # Backup: the smaller Q of an action of pi(s'), or of the best of k of them; no entropy in it (CQL App. F)
+            backup_action, _ = squash(next_mean, next_log_std, noise["backup"])
+            target_q = self.target_critic(next_obs, backup_action).amin(0).amax(1)
+            backup = batch["reward"] + args.gamma * (1 - batch["terminated"]) * target_q
+
+        # Q of the data's, k random, k pi(s) and k pi(s') actions, all at s: one call
+        actions = torch.cat([batch["action"].unsqueeze(1), noise["random"], policy_action, next_action], 1)
+        data_q, random_q, policy_q = self.critic(obs, actions).split([1, k, 2 * k], -1)  # (2, n, ...)
+        bellman_loss = (data_q.squeeze(-1) - backup).square().mean(1)
+
+        # Gap: log-sum-exp of Q over actions (CQL Eq. 4, importance-sampled as in its App. F) above Q of the data's one.
+        # An action of the policy whose value is below the return really had from s is not pushed down (Eq. 5.1)
+        if args.calibrate:
+            policy_q = torch.maximum(policy_q, batch["return_to_go"].view(-1, 1))
+        if args.importance_sampling:
+            log_density = torch.cat([uniform_log_prob, policy_log_prob, next_log_prob], 1)
+            soft_q = (torch.cat([random_q, policy_q], -1) - log_density).logsumexp(-1)
+        else:
+            soft_q = torch.cat([data_q, random_q, policy_q], -1).logsumexp(-1)
+        gap = (soft_q - data_q.squeeze(-1)).clamp(min=args.gap_min).mean(1)
+
+        # Critics: both terms, each its own. Their multiplier grows while the mean gap is above its target (CQL App. F)
+        if args.lagrange:
+            alpha_prime = self.log_alpha_prime.exp().clamp(max=1e6)
+            penalty = args.conservative_weight * (gap - args.target_gap)
+            alpha_prime_loss = -(alpha_prime * penalty.detach()).mean()
+            penalty = alpha_prime.detach() * penalty
+        else:
+            penalty, alpha_prime_loss = args.conservative_weight * gap, torch.zeros_like(self.log_alpha_prime)
+        critic_loss = (bellman_loss + penalty).sum()
+
+        # Policy: high value, high entropy; the temperature holds the entropy at -action_dim (SAC, arXiv 1812.05905)
+        action, log_prob = squash(mean, log_std, noise["actor"])
+        q = self.critic(obs, action, frozen=True).amin(0)
+        actor_loss = (self.log_alpha.detach().exp() * log_prob - q).mean()
+        alpha_loss = -self.log_alpha * (log_prob.detach().mean() - self.action_dim)
+        losses = {"critic_loss": critic_loss, "actor_loss": actor_loss, "alpha_loss": alpha_loss}
+        losses |= {"alpha_prime_loss": alpha_prime_loss}
+        return losses | {f"cql_gap_{i}": gap[i].detach() for i in range(2)}
+
+    def update(self, batch: dict[str, Tensor], noise: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """One gradient step of all networks on a batch of `ReplayBuffer.sample`; returns detached scalars."""
+        losses = self.loss(batch, self.draw_noise(batch["obs"]) if noise is None else noise)
+        self.optimizer.zero_grad()
+        sum(losses.values()).backward()  # each loss reaches its own network only: one backward, one step
+        self.optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(self.targets, self.sources, self.args.tau)
+        return {name: loss.detach() for name, loss in losses.items()}
+
+    @torch.no_grad()
+    def act(self, obs: np.ndarray, t: int = 0, noise: float = 0.0) -> np.ndarray:
+        """Action in [-1, 1] at step t of an episode: the tanh of the mean plus `noise` standard deviations of noise."""
+        mean, log_std = self.actor(torch.from_numpy(obs).to(self.log_alpha.device))
+        raw = mean + noise * torch.exp(log_std) * torch.randn_like(mean) if noise else mean
+        return torch.tanh(raw).cpu().numpy()
+
+    def get_extra_state(self) -> dict:  # part of state_dict
+        return self.optimizer.state_dict()
+
+    def set_extra_state(self, state: dict) -> None:
+        self.optimizer.load_state_dict(state)
+
+
+def run_updates(agent: nn.Module, buffer: ReplayBuffer, n: int, online_share: float | None = None) -> dict[str, Tensor]:
+    for _ in range(n):
+        losses = agent.update(buffer.sample(agent.args.batch_size, online_share))
+    return losses
+
+
+class CudaGraph:
+    """`fn` as one captured graph: called as it is three times (warm-up), then captured, then replayed. A graph freezes
+    Python numbers and addresses: after a change of batch size, loss weight or optimiser storage, make a new one. What
+    it returns is overwritten by the next replay."""
+
+    def __init__(self, fn):
+        self.fn, self.calls, self.graph, self.stream = fn, 0, torch.cuda.CUDAGraph(), torch.cuda.Stream()
+
+    def __call__(self):
+        self.calls += 1
+        if self.calls <= 3:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                self.result = self.fn()
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return self.result
+        if self.calls == 4:
+            with torch.cuda.graph(self.graph, stream=self.stream):
+                self.result = self.fn()
+        self.graph.replay()
+        return self.result
+
+
+def evaluate(act, env: gym.Env, task: Task, args: Args) -> dict[str, float]:
+    """Mean return (goal tasks: success rate) and score of `act(obs, t)`, over the same seeded episodes each time."""
+    returns = []
+    for episode in range(args.eval_episodes):
+        obs, _ = env.reset(seed=1_000_000 + 1_000 * args.seed + episode)
+        t, total, success, over = 0, 0.0, False, False
+        while not over:
+            obs, reward, terminated, truncated, info = env.step(act(obs, t))
+            t, total, success = t + 1, total + reward, success or bool(info.get("success"))
+            over = terminated or truncated
+        returns.append(success if task.domain in GOAL_DOMAINS else total)
+    return {"return": float(np.mean(returns)), "normalized_score": task.score(float(np.mean(returns)))}
+
+
+def degradation(offline_score: float, steps: list[int], scores: list[float]) -> dict:
+    """What fine-tuning cost and gained over the online evaluations; the formulas are in README.md."""
+    drops = [max(offline_score - score, 0.0) for score in scores]
+    gains = [step for i, step in enumerate(steps[:-2]) if min(scores[i : i + 3]) > offline_score + 10]
+    return {
+        "offline_score": offline_score,
+        "final_score": scores[-1],
+        "lowest_score": min(scores),
+        "drop": max(drops),
+        "degradation_area": sum(drops) / len(drops),
+        "regret": min(max(1 - sum(scores) / len(scores) / 100, 0.0), 1.0),
+        "steps_to_gain": min(gains, default=None),
+    }
+
+
+def save_file(path: Path, content: dict) -> None:
+    """Written under a temporary name, flushed to the disk and renamed: whole or not there."""
+    with open(path.with_suffix(".part"), "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path.with_suffix(".part"), path)
+
+
+def load_file(path: Path, **expected) -> dict:
+    """A file of `save_file`, which must agree with `expected`."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch, zip and pickle raise whatever the damage leads to
+        fail(f"cannot read {path} ({str(error).splitlines()[0]}); give another, or delete it to start anew")
+    for key, value in expected.items():
+        if content.get(key) != value:
+            fail(f"{path} is of another run: {key} is {content.get(key)}, here {value}; start with the same, or anew")
+    return content
+
+
+class Run:
+    """The run folder: args.json, this script, TensorBoard logs, checkpoint.pt, offline.pt, online.pt, summary.json."""
+
+    def __init__(self, args: Args):
+        positive = ("offline_steps", "online_steps", "eval_every", "eval_episodes", "save_every", "utd_ratio")
+        for name in (*positive, "batch_size", "buffer_size", "hidden"):
+            if getattr(args, name) < 1:
+                fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
+        if (args.cuda or args.cuda_graph) and not torch.cuda.is_available():
+            fail("--cuda and --cuda-graph need a CUDA device, and there is none here; leave them out")
+        name = Path(args.env_id).stem if args.env_id.endswith(".hdf5") else args.env_id.replace("/", "_")
+        self.args, self.dir = args, Path(args.run_dir, f"{name}__{args.exp_name}__{args.seed}")
+        if self.dir.exists() and not args.resume:
+            fail(f"{self.dir} exists; continue it with --resume, or give another --exp-name, --seed or --run-dir")
+        self.progress = {"offline_step": 0, "online_step": 0, "episode": 0, "seconds": 0.0, "scores": [], "steps": []}
+        self.stop, self.writers = False, {}
+
+    def start(self, **parts) -> None:
+        """Create the folder; or put `parts`, progress and random generators back to where its checkpoint has them."""
+        settings = {key: value for key, value in asdict(self.args).items() if key != "resume"}
+        self.parts, self.settings, checkpoint = parts, settings, self.dir / "checkpoint.pt"
+        if checkpoint.exists():
+            saved = load_file(checkpoint, args=settings)
+            for name, part in parts.items():
+                part.load_state_dict(saved[name])
+            self.progress = saved["progress"]
+            random.setstate(saved["rng"][0])
+            np.random.set_state(saved["rng"][1])
+            torch.set_rng_state(saved["rng"][2])
+            torch.cuda.set_rng_state_all(saved["rng"][3])
+        self.dir.mkdir(parents=True, exist_ok=True)
+        (self.dir / "args.json").write_text(json.dumps(settings, indent=2))
+        shutil.copy(__file__, self.dir)
+        if self.args.track:
+            import wandb
+
+            names = {"project": self.args.wandb_project_name, "entity": self.args.wandb_entity, "name": self.dir.name}
+            wandb.init(**names, config=settings, sync_tensorboard=True)
+        for phase in ("offline", "online"):  # two, because each counts its own steps
+            self.writers[phase] = SummaryWriter(self.dir / phase, purge_step=self.progress[f"{phase}_step"] + 1)
+        for number in (signal.SIGTERM, signal.SIGUSR1):  # what SLURM sends before it takes the machine away
+            signal.signal(number, lambda *_: setattr(self, "stop", True))
+        self.began, self.saved_at = time.time() - self.progress["seconds"], self.progress["online_step"]
+
+    def log(self, phase: str, step: int, values: dict, losses: dict[str, Tensor] | None = None) -> None:
+        """TensorBoard scalars at `step`: gradient steps offline, environment steps online, whose scores are kept."""
+        for name, value in (values | {f"losses/{name}": loss for name, loss in (losses or {}).items()}).items():
+            self.writers[phase].add_scalar(name if name.startswith("charts/") else f"{phase}/{name}", value, step)
+        if phase == "online" and "normalized_score" in values:
+            self.progress["steps"].append(step)
+            self.progress["scores"].append(values["normalized_score"])
+
+    def check(self, phase: str, step: int, losses: dict[str, Tensor]) -> None:
+        """Stop at once where a loss is not finite."""
+        if not all(math.isfinite(loss) for loss in losses.values()):
+            bad = ", ".join(f"{name} {float(loss)}" for name, loss in losses.items())
+            fail(f"{phase} step {step}: {bad}; the last good state is {self.dir / 'checkpoint.pt'}, if it is there")
+
+    def save(self) -> None:
+        """Everything that a bit-exact continuation needs; ends the process where a signal has asked for it."""
+        self.progress["seconds"], self.saved_at = time.time() - self.began, self.progress["online_step"]
+        name, keys, *numbers = np.random.get_state()
+        rng = [
+            random.getstate(),
+            (name, keys.tolist(), *numbers),
+            torch.get_rng_state(),
+            torch.cuda.get_rng_state_all(),
+        ]
+        parts = {name: part.state_dict() for name, part in self.parts.items()}
+        save_file(self.dir / "checkpoint.pt", parts | {"args": self.settings, "progress": self.progress, "rng": rng})
+        if self.stop:
+            print(f"stopped and saved; continue with: {' '.join(['python', *sys.argv, '--resume'])}")
+            sys.exit(0)
+
+    def finish(self, task: Task, **more) -> dict:
+        """Save the end, write summary.json and return it."""
+        self.stop = False
+        self.save()
+        args, seconds, here = self.args, self.progress["seconds"], Path(__file__).parent
+        commit = subprocess.run(
+            ["git", "rev-parse", "--verify", "-q", "HEAD"], cwd=here, capture_output=True, text=True
+        )
+        summary = {name: getattr(args, name) for name in ("env_id", "seed", "offline_steps", "online_steps")}
+        summary |= {"algorithm": args.exp_name, "dataset_id": task.dataset_id, "eval_env": task.env_spec.id}
+        summary |= (
+            degradation(*(self.progress[key] for key in ("offline_score", "steps", "scores")))
+            | more
+            | {"seconds": seconds}
+        )
+        summary |= {"updates_per_second": (args.offline_steps + args.online_steps * args.utd_ratio) / seconds}
+        summary |= {"versions": {name: version(name) for name in ("torch", "gymnasium", "mujoco", "minari", "numpy")}}
+        summary |= {"device": "cuda" if args.cuda else "cpu", "commit": commit.stdout.strip() or None}
+        (self.dir / "summary.json").write_text(json.dumps(summary, indent=2))
+        print(json.dumps(summary, indent=2))
+        return summary
+
+
+def returns_to_go(rewards: list[float], failed: bool, task: Task, gamma: float) -> list[float]:
+    """Of a finished online episode, from its transformed rewards, by the rules that `load_task` has for the dataset."""
+    if failed:
+        return [task.transform_reward(0.0) / (1 - gamma)] * len(rewards)
+    returns, g = [], 0.0
+    for reward in reversed(rewards):
+        returns.append(g := reward + gamma * g)
+    return returns[::-1]
+
+
+def train(args: Args) -> dict:
+    """The whole run; returns what it writes to summary.json."""
+    # ---- setup ----
+    run = Run(args)
+    task = load_task(args)
+    print("  ".join(f"{name} {getattr(args, name)}" for name in [*args.domain_values[task.domain], "reward_scale"]))
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic CUDA kernels need
+    torch.use_deterministic_algorithms(args.torch_deterministic)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # one core a run, so that seeds run side by side
+    torch.set_float32_matmul_precision(args.matmul_precision)
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    device = torch.device("cuda" if args.cuda else "cpu")
+    buffer = ReplayBuffer(task.data, min(args.buffer_size, args.online_steps), device)
+    with device:
+        agent = Agent(task.data["obs"].shape[1], task.data["action"].shape[1], args)
+    run.start(agent=agent, buffer=buffer)
+    progress, eval_env = run.progress, task.make_env(run.dir / "videos" if args.capture_video else None)
+
+    # ---- offline ----
+    identity = {"algorithm": agent.algorithm, "dataset_id": task.dataset_id, "hidden": args.hidden}
+    if args.offline_checkpoint and not progress["offline_step"]:
+        agent.load_state_dict(load_file(Path(args.offline_checkpoint), **identity)["agent"])
+        progress["offline_step"] = args.offline_steps
+    if args.compile:
+        agent.loss = torch.compile(agent.loss)
+    chunk = math.gcd(50, args.offline_steps, args.eval_every, args.save_every)  # updates per call, or per graph replay
+    update = partial(run_updates, agent, buffer, chunk)
+    update = CudaGraph(update) if args.cuda_graph else update
+    bar = tqdm(range(progress["offline_step"] + chunk, args.offline_steps + 1, chunk), "offline", unit_scale=chunk)
+    for step in bar:
+        losses = update()
+        run.check("offline", step, losses)
+        progress["offline_step"] = step
+        if step % args.eval_every == 0 or step == args.offline_steps:
+            result = evaluate(agent.act, eval_env, task, args)
+            run.log("offline", step, result, losses)
+            bar.set_postfix(score=f"{result['normalized_score']:.1f}")
+        if run.stop or step % args.save_every == 0:
+            run.save()
+    save_file(run.dir / "offline.pt", identity | {"agent": agent.state_dict()})
+    if not progress["steps"]:
+        progress["offline_score"] = evaluate(agent.act, eval_env, task, args)["normalized_score"]
+
+    # ---- online ----
+    env, update = task.make_env(), partial(run_updates, agent, buffer, args.utd_ratio, 1 - args.mixing_ratio)
+    update = CudaGraph(update) if args.cuda_graph else update
+    if not progress["steps"]:
+        run.log("online", 0, evaluate(agent.act, eval_env, task, args))
+    over, began, first = True, time.time(), progress["online_step"] + 1
+    bar = tqdm(range(first, args.online_steps + 1), "online")
+    for step in bar:
+        if over:
+            (obs, _), episode_return, episode = env.reset(seed=1_000 * args.seed + progress["episode"]), 0.0, []
+        action = agent.act(obs, noise=1.0)
+        next_obs, reward, terminated, truncated, _ = env.step(action)
+        episode.append((obs, action, next_obs, task.transform_reward(reward), terminated))
+        obs, over, episode_return = next_obs, terminated or truncated, episode_return + reward
+        progress["online_step"] = step
+        if over:
+            # Its true returns are known now: the episode enters the buffer, then as many updates as it had steps [D3]
+            failed = task.domain in GOAL_DOMAINS and episode_return <= 0
+            returns = returns_to_go([transition[3] for transition in episode], failed, task, args.gamma)
+            for transition, return_to_go in zip(episode, returns, strict=True):
+                buffer.add(*transition, return_to_go)
+            for _ in episode:
+                losses = update()
+                run.check("online", step, losses)
+            run.log("online", step, {"episodic_return": episode_return}, losses)
+            progress["episode"] += 1
+        if step % args.eval_every == 0 or step == args.online_steps:
+            result = evaluate(agent.act, eval_env, task, args)
+            run.log("online", step, result | {"charts/SPS": (step + 1 - first) / (time.time() - began)})
+            bar.set_postfix(score=f"{result['normalized_score']:.1f}")
+        if over and (run.stop or step - run.saved_at >= args.save_every):
+            run.save()
+    if task.domain in ("locomotion", "pointmaze"):
+        print(f"score of OUR setting for {task.domain}: none has been published for Cal-QL [D2]")
+
+    # ---- finish ----
+    save_file(run.dir / "online.pt", identity | {"agent": agent.state_dict()})
+    return run.finish(task)
+
+
+if __name__ == "__main__":
+    train(tyro.cli(Args, description=__doc__))

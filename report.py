@@ -1,0 +1,527 @@
+"""Run folders -> tables, learning curves and per-seed values, beside the reported numbers.
+
+    python report.py runs/quick                       # writes results/
+    python report.py runs/quick --readme README.md    # also puts the tables between the README's markers
+
+Every table is made from results/per_seed.csv alone; the curves from the runs' TensorBoard files. Means, interquartile
+means (IQM) and 95 % percentile intervals from a stratified bootstrap (runs drawn anew within each task), as Agarwal et
+al. 2021, "Deep RL at the Edge of the Statistical Precipice", by scipy. Never averaged, but listed apart: runs that are
+incomplete, that differ in settings from the others, that are there twice, or whose curve contradicts their summary.
+"""
+
+import ast
+import csv
+import json
+import re
+import shlex
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tyro
+from scipy import stats
+
+METRICS = ("offline_score", "final_score", "lowest_score", "drop", "degradation_area", "regret", "steps_to_gain")
+PROTOCOL = ("offline_steps", "online_steps", "utd_ratio", "eval_every", "eval_episodes")  # of all runs in a table
+COLUMNS = ("task", "dataset_id", "script", "seed", *METRICS, *PROTOCOL, "versions", "device", "eval_env", "commit")
+COLUMNS += ("seconds", "updates_per_second", "run", "apart")
+INDIFFERENT = "env_id seed exp_name run_dir dataset offline_checkpoint save_every resume cuda compile cuda_graph track "
+INDIFFERENT = (INDIFFERENT + "wandb_project_name wandb_entity capture_video torch_deterministic").split()
+PAIRS = [(script, other) for script in ("jsrl_gated", "sft_reset") for other in ("jsrl_gated_open", "iql_finetune")]
+ORDER = ["jsrl_gated", "sft_reset", "cal_ql", "iql_finetune", "jsrl_gated_open"]  # of rows; others after them
+COLORS = dict(zip(ORDER, ("#0072B2", "#D55E00", "#009E73", "#333333", "#56B4E9"), strict=True))
+MORE_COLORS = ("#CC79A7", "#E69F00", "#8B5A2B", "#7F3FBF", "#B0A000", "#888888")
+REPORTED_AS = {"iql_finetune": "IQL", "cal_ql": "Cal-QL", "jsrl_gated_curriculum": "JSRL curriculum"}
+REPORTED_AS |= {"jsrl_gated_random": "JSRL random"}
+MARKERS = ("<!-- results -->", "<!-- /results -->")
+
+
+@dataclass
+class Args:
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]  # folders of run folders
+    out: Path = Path("results")  # where tables, plots and per-seed values go
+    reported: Path = Path(__file__).resolve().parent / "results" / "reported.csv"  # published numbers
+    readme: Path | None = None  # file to update between its markers
+
+
+# ---- run folders -> rows ----
+def read_scalars(folder: Path) -> dict[str, np.ndarray]:
+    """TensorBoard scalars of a run, tag -> (n, 2) steps and values; what a resumed run did twice appears once."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    scalars = {}
+    for part in sorted({path.parent for path in folder.rglob("events.out.tfevents.*")}):
+        events = EventAccumulator(str(part), size_guidance={"scalars": 0}).Reload()
+        for tag in events.Tags()["scalars"]:
+            points = {event.step: event.value for event in events.Scalars(tag)}
+            scalars[tag] = np.array(sorted(points.items())).reshape(-1, 2)
+    return scalars
+
+
+def read_args(folder: Path) -> tuple[dict, dict, str]:
+    """args.json, the literal defaults in the Args of the run's own copy of its script, and that script's name."""
+    args, defaults, script = json.loads((folder / "args.json").read_text()), {}, "?.py"
+    for path in folder.glob("*.py"):
+        found = [node for node in ast.parse(path.read_text()).body if getattr(node, "name", "") == "Args"]
+        script = path.name
+        for field in found[0].body if found else []:
+            if isinstance(field, ast.AnnAssign) and field.value is not None:
+                try:
+                    defaults[field.target.id] = ast.literal_eval(field.value)
+                except ValueError:
+                    continue  # computed, as that of cuda
+    return args, defaults, script
+
+
+def command(args: dict, defaults: dict, script: str) -> str:
+    """The command that ran it: every value that is not the script's default, those of the task's domain included."""
+    words = ["python", script]
+    for name, value in args.items():
+        if name == "resume" or value is None or (name in defaults and defaults[name] == value):
+            continue
+        flag = name.replace("_", "-")
+        words += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+    return shlex.join(words)
+
+
+def read_runs(folders: tuple[Path, ...]) -> list[dict]:
+    """One dict a run: COLUMNS, and scalars, settings, defaults and command for what is not in the CSV."""
+    rows = []
+    for path in sorted(path.parent for folder in folders for path in folder.glob("*/args.json")):
+        args, defaults, script = read_args(path)
+        summary = json.loads((path / "summary.json").read_text()) if (path / "summary.json").exists() else {}
+        versions = {name: number.split("+")[0] for name, number in summary.get("versions", {}).items()}
+        row = {key: summary.get(key, args.get(key)) for key in COLUMNS}
+        row |= {"task": args["env_id"], "script": args["exp_name"], "run": path.name, "apart": ""}
+        row |= {"versions": " ".join(f"{name} {number}" for name, number in versions.items())}
+        row |= {"settings": {k: v for k, v in args.items() if k not in INDIFFERENT}, "defaults": defaults}
+        row |= {"command": command(args, defaults, script), "scalars": read_scalars(path)}
+        scores = row["scores"] = row["scalars"].get("online/normalized_score", np.zeros((0, 2)))
+        if not summary:
+            step = f"{scores[-1, 0]:.0f} of {args['online_steps']} online steps" if len(scores) else "offline phase"
+            row["apart"] = f"incomplete: {step}"
+        elif (
+            not len(scores)
+            or abs(scores[-1, 1] - row["final_score"]) + abs(scores[:, 1].min() - row["lowest_score"]) > 0.01
+        ):
+            row["apart"] = "its learning curve and its summary.json disagree"
+        rows.append(row)
+    return rows
+
+
+def set_apart(rows: list[dict]) -> None:
+    """Fill `apart` of every run that must not be averaged with the majority of its kind, with the reason."""
+
+    def check(group: list[dict], settings) -> None:
+        """Set apart those whose settings(row) are not the commonest (of equally common ones, those of longer runs)."""
+        kinds = Counter(json.dumps(settings(row), sort_keys=True) for row in group)
+        usual = json.loads(max(kinds, key=lambda kind: (kinds[kind], json.loads(kind).get("online_steps") or 0, kind)))
+        for row in group:
+            mine = json.loads(json.dumps(settings(row)))
+            odd = [f"{k} {mine.get(k)}, others {usual.get(k)}" for k in usual | mine if mine.get(k) != usual.get(k)]
+            row["apart"] = "different settings: " + "; ".join(odd) if odd else ""
+
+    def groups(*keys: str):
+        left = [row for row in rows if not row["apart"]]
+        for value in dict.fromkeys(tuple(row[key] for key in keys) for row in left):
+            yield [row for row in left if tuple(row[key] for key in keys) == value]
+
+    for same in groups("task", "dataset_id", "script", "seed"):
+        for row in same[1:]:
+            row["apart"] = f"there twice: {same[0]['command']}"
+    fine = [row for row in rows if not row["apart"]]
+    for part in (
+        [row for row in fine if row["script"] != "offline"],
+        [row for row in fine if row["script"] == "offline"],
+    ):
+        if part:
+            check(part, lambda row: {key: row[key] for key in (*PROTOCOL, "versions")})
+    # A default of None is the domain's to fill: such a value may differ between tasks, but not within one.
+    for same in groups("script"):
+        check(same, lambda row: {k: v for k, v in row["settings"].items() if row["defaults"].get(k) is not None})
+    for same in groups("task", "dataset_id", "script"):
+        check(same, lambda row: row["settings"] | {"eval_env": row["eval_env"]})
+
+
+def write_csv(rows: list[dict], path: Path) -> None:
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_csv(path: Path) -> list[dict]:
+    """Rows of per_seed.csv; numbers as floats, nan where there is none. The order is that of the tables."""
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        row |= {key: float(row[key] or "nan") for key in METRICS}
+    place = {script: i for i, script in enumerate(ORDER)}
+    return sorted(rows, key=lambda row: (row["task"], row["dataset_id"], place.get(row["script"], 99), row["script"]))
+
+
+# ---- statistics: a sample is the array of one task's runs ----
+def mean(*samples, axis=-1):
+    return np.mean([sample.mean(axis=axis) for sample in samples], axis=0)
+
+
+def iqm(*samples, axis=-1):
+    return stats.trim_mean(np.concatenate(samples, axis=axis), 0.25, axis=axis)
+
+
+def improvement(*samples, axis=-1):
+    """P(x > y), ties half, of the first half of the samples over the second, mean over tasks (Agarwal et al. 2021)."""
+    n = len(samples) // 2
+    pairs = zip(samples[:n], samples[n:], strict=True)
+    u = [
+        stats.mannwhitneyu(x, y, axis=axis, method="asymptotic").statistic / x.shape[axis] / y.shape[axis]
+        for x, y in pairs
+    ]
+    return np.mean(u, axis=0)
+
+
+def ratio(*samples, axis=-1):
+    """Mean of the first half of the samples over that of the second."""
+    n = len(samples) // 2
+    return mean(*samples[:n], axis=axis) / mean(*samples[n:], axis=axis)
+
+
+def interval(statistic, samples: list[np.ndarray]) -> tuple[float, float, float]:
+    """Value and 95 % interval; nan where a task has only one run."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        value = float(statistic(*samples))
+        if min(len(sample) for sample in samples) < 2:
+            return value, np.nan, np.nan
+        drawn = stats.bootstrap(samples, statistic, n_resamples=2000, method="percentile", rng=np.random.default_rng(0))
+    return value, *map(float, drawn.confidence_interval)
+
+
+def show(numbers: tuple[float, float, float], digits: int = 1, unit: str = "") -> str:
+    value, low, high = (f"{number:.{digits}f}".replace("nan", "-") for number in numbers)
+    value = value.removeprefix("-") if float(value) == 0 else value
+    return f"{value}{unit}" if "-" in (low, high) else f"{value}{unit} [{low}, {high}]"
+
+
+def select(rows: list[dict], metric: str, **where) -> np.ndarray:
+    return np.array([row[metric] for row in rows if all(row[key] == value for key, value in where.items())])
+
+
+# ---- tables ----
+def table(head: list[str], body: list[list]) -> str:
+    lines = [head, ["-"] * len(head), *body]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+
+
+def label(task: str, dataset_id: str) -> str:
+    return f"{task} (STAND-IN)" if dataset_id.startswith("o2o/") else task
+
+
+def kept(rows: list[dict]) -> list[dict]:
+    return [row for row in rows if not row["apart"] and row["script"] != "offline"]
+
+
+def unique(rows: list[dict], *keys: str) -> list[tuple]:
+    return list(dict.fromkeys(tuple(row[key] for key in keys) for row in rows))
+
+
+def gained(values: np.ndarray) -> str:
+    """Mean of steps_to_gain over the runs that have one, and how many have."""
+    n = int(np.isfinite(values).sum())
+    return f"{np.nanmean(values):,.0f} ({n} of {len(values)})" if n else f"never (0 of {len(values)})"
+
+
+def protocol(rows: list[dict]) -> str:
+    """What all runs of the tables share."""
+    rows, words = kept(rows), []
+    for key in (*PROTOCOL, "versions", "device", "commit"):
+        values = {row[key][:7] if key == "commit" else row[key] for row in rows}
+        values = ", ".join(sorted(f"{int(value):,}" if key in PROTOCOL else value for value in values))
+        words.append(f"{key.replace('_', ' ')} {values or '-'}")
+    return f"{len(rows)} runs; " + "; ".join(words) + "."
+
+
+def published(task: str, script: str, online_steps: int, reported: list[dict]) -> str:
+    """Confirmed published online result nearest to ours: of as many online steps, else the one after most."""
+    found = [r for r in reported if r["phase"] == "online" and r["task"] == task and r["trust"] != "recall"]
+    found = [r for r in found if r["algorithm"] == REPORTED_AS.get(script)]
+    if not found:
+        return "-"
+    best = max(
+        found, key=lambda r: (int(r["online_steps"]) == online_steps, int(r["online_steps"]), r["offline_score"] != "")
+    )
+    steps, source = int(best["online_steps"]), best["source"].split(",")[0]
+    return f"{best['offline_score'] or '?'} → {best['score']} at {steps:,} ({source})"
+
+
+def main_table(rows: list[dict], reported: list[dict], every_metric: bool = False) -> str:
+    body = []
+    for task, dataset_id, script in unique(kept(rows), "task", "dataset_id", "script"):
+        mine = [r for r in kept(rows) if (r["task"], r["dataset_id"], r["script"]) == (task, dataset_id, script)]
+        value = {metric: interval(mean, [select(mine, metric)]) for metric in METRICS[:-1]}
+        cells = [label(task, dataset_id), script, len(mine), show(value["offline_score"]), show(value["final_score"])]
+        if every_metric:
+            cells += [f"{iqm(select(mine, 'final_score')):.1f}", show(value["lowest_score"])]
+        cells += [show(value["drop"]), show(value["degradation_area"]), show(value["regret"], 2)]
+        cells += [gained(select(mine, "steps_to_gain"))]
+        body.append([*cells, published(task, script, int(float(mine[0]["online_steps"])), reported)])
+    extra = ["final IQM", "lowest"] if every_metric else []
+    head = [
+        "task",
+        "script",
+        "seeds",
+        "offline",
+        "→ final",
+        *extra,
+        "drop",
+        "degradation area",
+        "regret",
+        "steps to gain",
+    ]
+    return table([*head, "reported"], body)
+
+
+def shared_tasks(rows: list[dict], scripts: list[str]) -> list[tuple]:
+    """(task, dataset_id) that every one of the scripts has runs of."""
+    have = [{(r["task"], r["dataset_id"]) for r in kept(rows) if r["script"] == script} for script in scripts]
+    return sorted(set.intersection(*have)) if have else []
+
+
+def samples_of(rows: list[dict], script: str, metric: str, tasks: list[tuple]) -> list[np.ndarray]:
+    return [select(kept(rows), metric, script=script, task=task, dataset_id=d) for task, d in tasks]
+
+
+def aggregate_table(rows: list[dict]) -> str:
+    scripts = [script for (script,) in unique(kept(rows), "script")]
+    scripts.sort(key=lambda script: ORDER.index(script) if script in ORDER else 99)
+    tasks, body = shared_tasks(rows, scripts), []
+    if not tasks:
+        return "No task has complete runs of every script.\n"
+    for script in scripts:
+        cells = [script, f"{len(tasks)}", sum(map(len, samples_of(rows, script, "drop", tasks)))]
+        for statistic, metric in ((mean, "offline_score"), (mean, "final_score"), (iqm, "final_score")):
+            cells.append(show(interval(statistic, samples_of(rows, script, metric, tasks))))
+        for metric, digits in (("drop", 1), ("degradation_area", 1), ("regret", 2)):
+            cells.append(show(interval(mean, samples_of(rows, script, metric, tasks)), digits))
+        body.append(cells)
+    head = ["script", "tasks", "runs", "offline", "→ final", "final IQM", "drop", "degradation area", "regret"]
+    return table(head, body)
+
+
+def headline_table(rows: list[dict]) -> str:
+    """The claims of the two papers as measured here. A run that never gains counts with its whole online phase in the
+    ratio of steps_to_gain, over the tasks where either script has a run that gains."""
+    body = []
+    for script, other in PAIRS:
+        tasks = shared_tasks(rows, [script, other])
+        if not tasks:
+            continue
+        drops = [samples_of(rows, name, "drop", tasks) for name in (script, other)]
+        less = interval(lambda *s, axis=-1: 100 * (1 - ratio(*s, axis=axis)), drops[0] + drops[1])
+        length = float(kept(rows)[0]["online_steps"])
+        steps = [samples_of(rows, name, "steps_to_gain", tasks) for name in (script, other)]
+        moved = [i for i in range(len(tasks)) if np.isfinite(np.append(steps[0][i], steps[1][i])).any()]
+        steps = [[np.where(np.isnan(part[i]), length, part[i]) for i in moved] for part in steps]
+        faster = (
+            f"{show(interval(ratio, steps[1] + steps[0]), 2, 'x')}, {len(moved)} tasks" if moved else "neither gains"
+        )
+        higher = [samples_of(rows, name, "final_score", tasks) for name in (script, other)]
+        cells = [script, other, len(tasks), f"{mean(*drops[1]):.1f} → {mean(*drops[0]):.1f}", show(less, 0, " %")]
+        body.append([*cells, faster, show(interval(improvement, higher[0] + higher[1]), 2),
+                     show(interval(improvement, drops[1] + drops[0]), 2)])  # fmt: skip
+    head = ["script", "against", "tasks", "mean drop", "drop reduced by", "steps to gain, times fewer"]
+    return table([*head, "P(higher final)", "P(smaller drop)"], body) if body else "Not measured yet.\n"
+
+
+def offline_table(rows: list[dict], reported: list[dict]) -> str:
+    """Scores after the offline phase beside published ones; IQL is the same phase in three of the scripts."""
+    fine, body = [row for row in rows if not row["apart"]], []
+    for task, dataset_id in unique(fine, "task", "dataset_id"):
+        here = [row for row in fine if (row["task"], row["dataset_id"]) == (task, dataset_id)]
+        cells = [label(task, dataset_id), f"{int(float(here[0]['offline_steps'])):,}"]
+        for scripts in (("iql_finetune", "offline"), ("cal_ql",)):
+            seeds = {row["seed"]: row["offline_score"] for script in scripts for row in here if row["script"] == script}
+            cells.append(f"{show(interval(mean, [np.array(list(seeds.values()))]))} ({len(seeds)})" if seeds else "-")
+        for algorithm in ("IQL", "CQL"):
+            found = [r for r in reported if (r["task"], r["algorithm"], r["phase"]) == (task, algorithm, "offline")]
+            notes = [f"{r['score']} {r['source'].split(',')[0]}" + "†" * (r["trust"] == "recall") for r in found]
+            cells.append("; ".join(notes) or "-")
+        body.append(cells)
+    return table(["task", "offline steps", "IQL (seeds)", "Cal-QL (seeds)", "reported IQL", "reported CQL"], body)
+
+
+def reported_table(rows: list[dict], reported: list[dict]) -> str:
+    tasks = {row["task"] for row in rows}
+    found = [r for r in reported if r["task"] in tasks and r["phase"] == "online"]
+    keys = ("task", "reported_on", "algorithm", "offline_score", "online_steps", "score", "std", "seeds", "source")
+    return table(
+        [*keys], [[r[key] or "-" for key in keys[:-1]] + [r["source"] + "†" * (r["trust"] == "recall")] for r in found]
+    )
+
+
+def apart_list(rows: list[dict]) -> str:
+    lines = [f"- {row['run']}: {row['apart']}" for row in rows if row["apart"]]
+    return "\n".join(lines) + "\n" if lines else "None.\n"
+
+
+NOTES = """
+Score: 0 is a random policy, 100 an expert. Values are means over seeds with 95 % stratified-bootstrap intervals.
+STAND-IN: trained on our own stand-in for the official dataset, not comparable with a reported number. Reported: after
+1M offline steps, on the original datasets. Steps to gain: mean over the runs that gained 10 points, and how many did.
+"""
+
+
+def readme_block(rows: list[dict], reported: list[dict], out: str = "results") -> str:
+    """What stands between the README's markers."""
+    n = sum(bool(row["apart"]) for row in rows)
+    parts = [protocol(rows), headline_table(rows), main_table(rows, reported), NOTES.strip(), aggregate_table(rows)]
+    parts += [f"{n} runs are listed apart, with the reason, in [{out}/table.md]({out}/table.md)." if n else ""]
+    return "\n\n".join(part.strip() for part in [*parts, f"![learning curves]({out}/curves.png)"] if part) + "\n"
+
+
+def all_tables(rows: list[dict], reported: list[dict]) -> str:
+    sections = {
+        "Headline": headline_table(rows) + "\nA run that never gains counts with its whole online phase.",
+        "Per task": main_table(rows, reported, every_metric=True) + NOTES,
+        "Over the tasks that every script has": aggregate_table(rows),
+        "Offline": offline_table(rows, reported) + "\n† from memory, not confirmed.",
+        "Reported online": reported_table(rows, reported) + "\n† from memory, not confirmed.",
+        "Listed apart": apart_list(rows),
+    }
+    return f"# Results\n\n{protocol(rows)}\n\n" + "\n".join(f"## {k}\n\n{v.strip()}\n" for k, v in sections.items())
+
+
+def update_readme(path: Path, block: str) -> None:
+    head, found, rest = path.read_text().partition(MARKERS[0])
+    _, end, tail = rest.partition(MARKERS[1])
+    if not found or not end:
+        fail(f"{path} has no lines {MARKERS[0]} and {MARKERS[1]} to put the tables between")
+    path.write_text(f"{head}{MARKERS[0]}\n{block}{MARKERS[1]}{tail}")
+
+
+# ---- curves ----
+def on_grid(rows: list[dict], tag: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps that all rows have a value of `tag` at, and the values there, (runs, steps)."""
+    curves = [row["scalars"][tag] for row in rows if tag in row["scalars"]]
+    if not curves:
+        return np.zeros(0), np.zeros((0, 0))
+    steps = sorted(set.intersection(*(set(curve[:, 0]) for curve in curves)))
+    return np.array(steps), np.array([[dict(curve)[step] for step in steps] for curve in curves])
+
+
+def held(rows: list[dict], pattern: str, grid: np.ndarray) -> np.ndarray:
+    """Mean over runs at `grid` of the scalar that is logged now and then and keeps its value in between; nan: none."""
+    values = []
+    for row in rows:
+        for tag, curve in row["scalars"].items():
+            if re.search(pattern, tag):
+                last = np.searchsorted(curve[:, 0], grid, side="right") - 1
+                values.append(np.where(last < 0, 0.0, curve[np.maximum(last, 0), 1]))
+    return np.mean(values, axis=0) if values else np.full(len(grid), np.nan)
+
+
+def draw_task(top, bottom, rows: list[dict], color: dict[str, str]) -> None:
+    """One task: scores above, below the share of an episode that the gate gives the explorer and the resets."""
+    length = max(row["scores"][-1, 0] for row in rows)
+    grid = np.linspace(0, length, 200)
+    for script in color:
+        mine = [row for row in rows if row["script"] == script]
+        if not mine:
+            continue
+        steps, scores = on_grid(mine, "online/normalized_score")
+        middle = scores.mean(0)
+        if len(mine) > 1:
+            drawn = stats.bootstrap(
+                [scores], np.mean, axis=0, n_resamples=1000, method="percentile", rng=np.random.default_rng(0)
+            )
+            top.fill_between(steps, *drawn.confidence_interval, color=color[script], alpha=0.15, lw=0)
+        top.plot(steps, middle, color=color[script], lw=1.8)
+        learner_steps, learner = on_grid(mine, "online/learner_score")
+        if len(learner) and not (learner.shape == scores.shape and np.allclose(learner, scores)):
+            top.plot(learner_steps, learner.mean(0), color=color[script], lw=0.7, alpha=0.9)
+        bottom.plot(grid, held(mine, r"gate/level$", grid), color=color[script], lw=1.5)
+        resets = [p for row in mine for tag, p in row["scalars"].items() if re.search(r"/resets$", tag)]
+        at = [step for curve in resets for step in curve[np.diff(curve[:, 1], prepend=0) > 0, 0]]
+        bottom.plot(at, np.full(len(at), -0.22), "|", color=color[script], ms=7, mew=1.2, clip_on=False)
+    for script in ("cal_ql", None):  # Cal-QL has an offline phase of its own, the others share theirs
+        values = [row["scores"][0, 1] for row in rows if (row["script"] == "cal_ql") == (script == "cal_ql")]
+        if values:
+            top.axhline(np.mean(values), color=color.get(script, "black"), ls="--", lw=1)
+    top.set_title(label(rows[0]["task"], rows[0]["dataset_id"]), fontsize=10)
+    top.grid(alpha=0.25)
+    bottom.set(ylim=(-0.4, 1.08), yticks=[0, 1], xlim=(0, length), xlabel="online steps")
+    bottom.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:g}M" if x >= 1e6 else f"{x / 1e3:g}k")
+
+
+def draw(rows: list[dict], path: Path, columns: int = 3) -> None:
+    """A panel a task: mean deployed score with its 95 % band, learner alone thin, offline score dashed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.lines import Line2D
+
+    scripts = [script for (script,) in unique(rows, "script")]
+    scripts.sort(key=lambda script: ORDER.index(script) if script in ORDER else 99)
+    others = [script for script in scripts if script not in COLORS]
+    color = COLORS | {script: MORE_COLORS[i % len(MORE_COLORS)] for i, script in enumerate(others)}
+    color = {script: color[script] for script in scripts}
+    tasks = unique(rows, "task", "dataset_id")
+    columns = min(columns, len(tasks))
+    lines = -(-len(tasks) // columns)
+    width, height = 4.6 * columns + 0.3, 3.9 * lines + 0.9  # inches
+    figure = plt.figure(figsize=(width, height))
+    edges = {"left": 0.7 / width, "right": 1 - 0.2 / width, "bottom": 0.55 / height, "top": 1 - 1.15 / height}
+    grid = figure.add_gridspec(lines, columns, hspace=0.32, wspace=0.2, **edges)
+    for panel, (task, dataset_id) in enumerate(tasks):
+        pair = grid[panel // columns, panel % columns].subgridspec(2, 1, height_ratios=(4, 1), hspace=0.08)
+        bottom = figure.add_subplot(pair[1])
+        top = figure.add_subplot(pair[0], sharex=bottom)
+        top.tick_params(labelbottom=False)
+        top.set_ylabel("normalised score", fontsize=9)
+        bottom.set_ylabel("gate", fontsize=9)
+        draw_task(top, bottom, [r for r in rows if (r["task"], r["dataset_id"]) == (task, dataset_id)], color)
+    handles = [Line2D([], [], color=color[script], lw=2, label=script) for script in scripts]
+    handles += [Line2D([], [], color="black", ls="--", lw=1, label="offline score"),
+                Line2D([], [], color="grey", lw=0.7, label="learner alone"),
+                Line2D([], [], color="grey", ls="", marker="|", label="reset")]  # fmt: skip
+    figure.legend(handles=handles, loc="upper center", ncols=4 if columns > 1 else 3, fontsize=9, frameon=False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def fail(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def main(args: Args) -> None:
+    found = read_runs(args.runs)
+    if not found:
+        fail(f"no run folders in {', '.join(map(str, args.runs))}; give what was --run-dir")
+    set_apart(found)
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_csv(found, args.out / "per_seed.csv")
+    (args.out / "commands.txt").write_text("".join(f"{row['command']}\n" for row in found))
+    rows = read_csv(args.out / "per_seed.csv")
+    with open(args.reported, newline="") as file:
+        reported = list(csv.DictReader(file))
+    (args.out / "table.md").write_text(all_tables(rows, reported))
+    if args.readme:
+        update_readme(args.readme, readme_block(rows, reported, args.out.name))
+    drawn = kept(found)
+    if drawn:
+        draw(drawn, args.out / "curves.png")
+    for task, dataset_id in unique(drawn, "task", "dataset_id"):
+        name = task.replace("/", "_") + ("" if sum(t == task for t, _ in unique(drawn, "task", "dataset_id")) == 1 else
+                                         "_" + dataset_id.replace("/", "_"))  # fmt: skip
+        draw([r for r in drawn if (r["task"], r["dataset_id"]) == (task, dataset_id)], args.out / f"curves_{name}.png")
+    print(headline_table(rows) + "\n" + main_table(rows, reported))
+    n = sum(bool(row["apart"]) for row in rows)
+    print(f"{len(kept(rows))} runs in the tables, {n} apart; see {args.out / 'table.md'}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

@@ -1,0 +1,173 @@
+"""benchmark.sh with scripts that only pretend to train: which commands, each once, and going on after a kill."""
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+STUB = r"""#!/usr/bin/env bash
+# Stands in for `python`: writes what a run leaves behind, and to starts.txt and ends.txt which ran.
+while (($#)); do case $1 in
+  --env-id) task=$2; shift ;; --seed) seed=$2; shift ;; --exp-name) exp=$2; shift ;; --run-dir) dir=$2; shift ;;
+  --offline-checkpoint) checkpoint=$2; shift ;; *.py) exp=${exp:-${1%.py}} ;;
+esac; shift; done
+name=${task}__${exp}__$seed
+echo "$name $OMP_NUM_THREADS" >>starts.txt
+trap 'echo "$name stopped" >>starts.txt; exit 0' TERM
+for i in $(seq ${SLOW:-0}); do sleep 0.05; done
+if [[ -n ${checkpoint:-} && ! -e $checkpoint ]]; then echo "error: no $checkpoint" >&2; exit 2; fi
+if [[ $name == *"${FAIL:-nothing}"* ]]; then echo "error: it was asked to fail" >&2; exit 3; fi
+mkdir -p "$dir/$name"
+touch "$dir/$name/offline.pt"
+echo "$name" >>ends.txt
+printf '{\n  "final_score": 12.345,\n  "seed": 1\n}' >"$dir/$name/summary.json"
+"""
+ARGS = [
+    "--tasks",
+    "hopper-medium walker2d-medium",
+    "--seeds",
+    "1 2",
+    "--scripts",
+    "cal_ql jsrl_gated:open iql_finetune",
+]
+ARGS += ["--offline-steps", "100", "--online-steps", "50", "--run-dir", "runs/test", "--workers", "3"]
+NAMES = {f"{task}-medium__{exp}__{seed}" for task in ("hopper", "walker2d") for seed in (1, 2)
+         for exp in ("offline", "cal_ql", "jsrl_gated_open", "iql_finetune")}  # fmt: skip
+pytestmark = pytest.mark.skipif(
+    not all(map(shutil.which, ("bash", "flock", "xargs"))), reason="needs bash and util-linux"
+)
+
+
+@pytest.fixture
+def bench(tmp_path):
+    """A copy of benchmark.sh whose `python` is the stub; call it with arguments, or start it in the background."""
+    shutil.copy(ROOT / "benchmark.sh", tmp_path)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").write_text(STUB)
+    (tmp_path / "bin" / "python").chmod(0o755)
+
+    class Bench:
+        folder = tmp_path
+
+        def start(self, *args, **env) -> subprocess.Popen:
+            env = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"} | env
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+            return subprocess.Popen([str(tmp_path / "benchmark.sh"), *args], cwd="/", env=env, **pipes)
+
+        def __call__(self, *args, **env) -> tuple[int, str]:
+            process = self.start(*args, **env)
+            output = process.communicate(timeout=100)[0]
+            return process.returncode, output
+
+        def lines(self, name: str) -> list[str]:
+            path = tmp_path / name
+            return path.read_text().splitlines() if path.exists() else []
+
+    return Bench()
+
+
+def wait_for(condition, timeout=60):
+    end = time.time() + timeout
+    while not condition():
+        assert time.time() < end, "timed out"
+        time.sleep(0.05)
+
+
+def test_dry_run_lists_the_commands(bench):
+    code, output = bench(*ARGS, "--dry-run", "--", "--dataset", "stand-in")
+    common, tail = "--offline-steps 100 --run-dir runs/test", "--dataset stand-in"
+    start = "--offline-checkpoint runs/test/{run}/offline.pt"
+    expected = [
+        f"python {script}.py --env-id {task} --seed {seed} {exp}{common} --online-steps {more} {tail}"
+        for script, exp, more in (
+            ("iql_finetune", "--exp-name offline ", "2"),
+            ("cal_ql", "", "50"),
+            ("jsrl_gated", "--exp-name jsrl_gated_open ", f"50 --gate open {start}"),
+            ("iql_finetune", "", f"50 {start}"),
+        )
+        for task in ("hopper-medium", "walker2d-medium")
+        for seed in (1, 2)
+    ]
+    runs = [f"{task}-medium__offline__{seed}" for task in ("hopper", "walker2d") for seed in (1, 2)]
+    expected = [line.format(run=runs[i % 4]) for i, line in enumerate(expected)]
+    assert code == 0 and output.splitlines() == expected
+    assert not (bench.folder / "runs").exists()  # nothing was touched
+
+
+def test_every_listed_flag_is_one_of_its_script(bench):
+    """All variants of the full preset, checked against the fields of the scripts' Args."""
+    _, output = bench("--preset", "full", "--dry-run")
+    lines = output.splitlines()
+    assert len(lines) == 26 * 5 * (1 + 12) and len(set(lines)) == len(lines)
+    for line in [line for line in lines if "hopper-medium " in line and "--seed 1 " in line]:
+        _, script, *words = line.split()
+        source = (ROOT / script).read_text() if (ROOT / script).exists() else None
+        for word in words:
+            if source and word.startswith("--"):
+                field = word[2:].removeprefix("no-").replace("-", "_")
+                assert f"\n    {field}: " in source, (script, word)
+
+
+def test_runs_all_once_and_skips_complete_ones(bench):
+    code, output = bench(*ARGS)
+    assert code == 0, output
+    assert "16 runs, 0 complete, 3 at a time" in output and "all 16 runs complete" in output
+    assert "[16/16]" in output and "score 12.3" in output and "min left" in output
+    assert sorted(bench.lines("starts.txt")) == sorted(f"{name} 1" for name in NAMES)
+    code, output = bench(*ARGS)
+    assert code == 0 and "16 runs, 16 complete" in output and len(bench.lines("starts.txt")) == 16
+    assert bench(*ARGS, "--dry-run") == (0, "")
+    code, output = bench(*ARGS, "--online-steps", "60")  # complete runs, but of other settings
+    assert code == 2 and "complete, but by another command" in output
+
+
+def test_failed_run_is_told_and_stops_nothing(bench):
+    code, output = bench(*ARGS, FAIL="hopper-medium__offline__1")
+    assert code == 1 and "3 of 16 runs failed:" in output  # it, and the two that need its offline.pt
+    log = "runs/test/logs/hopper-medium__offline__1.log"
+    assert f"{log}: error: it was asked to fail" in output.split("runs failed:")[1]
+    assert "FAILED (3), see " + log in output and len(bench.lines("ends.txt")) == 13
+    code, output = bench(*ARGS)
+    assert code == 0 and set(bench.lines("ends.txt")) == NAMES and len(bench.lines("ends.txt")) == 16
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_killed_and_started_again(bench, number):
+    process = bench.start(*ARGS, SLOW="10")
+    wait_for(lambda: len(bench.lines("ends.txt")) >= 2)
+    process.send_signal(number)
+    process.wait(timeout=30)
+    assert len(bench.lines("ends.txt")) < 16
+    code, output = bench(*ARGS, SLOW="1")
+    assert code == 0 and "all 16 runs complete" in output
+    assert sorted(bench.lines("ends.txt")) == sorted(NAMES)  # each came to its end once
+    process.stdout.close()
+
+
+def test_two_at_once(bench):
+    process = bench.start(*ARGS, SLOW="20")
+    wait_for(lambda: bench.lines("starts.txt"))
+    code, output = bench(*ARGS)
+    assert code == 2 and "another benchmark.sh is at work in runs/test" in output
+    process.communicate(timeout=100)
+    assert process.returncode == 0 and len(bench.lines("starts.txt")) == 16
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--scripts", "sac"], "unknown script sac; there are: "),
+        (["--preset", "huge"], "unknown preset huge"),
+        (["--wrokers", "2"], "unknown option --wrokers"),
+        (["--seeds", "one"], "one is not a whole number"),
+        (["--workers"], "--workers needs a value"),
+    ],
+)
+def test_bad_usage(bench, args, message):
+    code, output = bench(*args)
+    assert code == 2 and output.startswith(f"error: {message}") and output.count("\n") == 1

@@ -1,0 +1,252 @@
+"""report.py on run folders made by hand: the numbers, what is listed apart, and that the README shows results/."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+import report
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = """class Args:
+    env_id: str = "hopper-medium"
+    seed: int = 1
+    exp_name: str = "NAME"
+    run_dir: str = "runs"
+    offline_steps: int = 1_000_000
+    utd_ratio: int = 1
+    tolerance: float = 2.0
+    expectile: float | None = None
+    cuda: bool = torch.cuda.is_available()
+"""
+VERSIONS = {"torch": "2.13.0+cpu", "mujoco": "3.3.7"}
+
+
+def make_run(folder, task="hopper-medium", script="iql_finetune", seed=1, scores=(50.0, 40.0, 60.0), learner=None,
+             scalars=None, complete=True, versions=VERSIONS, dataset_id=None, summary=None, **settings):  # fmt: skip
+    """A run folder as the scripts leave it, evaluated every 5,000 steps; `settings` go to args.json."""
+    path = folder / f"{task}__{script}__{seed}"
+    path.mkdir(parents=True)
+    online_steps, base = 5_000 * (len(scores) - 1), script.split("_")[0]
+    file = {"jsrl": "jsrl_gated", "sft": "sft_reset", "cal": "cal_ql"}.get(base, "iql_finetune")
+    (path / f"{file}.py").write_text(SCRIPT.replace("NAME", file))
+    args = {"env_id": task, "seed": seed, "exp_name": script, "run_dir": str(folder), "offline_steps": 100_000}
+    args |= {"online_steps": online_steps, "utd_ratio": 1, "eval_every": 5_000, "eval_episodes": 10, "tolerance": 2.0}
+    args |= {"expectile": 0.7, "cuda": False, "offline_checkpoint": None} | settings
+    (path / "args.json").write_text(json.dumps(args))
+    loss = [max(scores[0] - score, 0.0) for score in scores]
+    gain = [i for i in range(len(scores) - 2) if min(scores[i : i + 3]) > scores[0] + 10]
+    written = {
+        "env_id": task,
+        "dataset_id": dataset_id or f"o2o/{task.replace('-', '/', 1)}-v0",
+        "eval_env": "Hopper-v4",
+    }
+    written |= {"algorithm": script, "seed": seed, "offline_score": scores[0], "final_score": scores[-1]}
+    written |= {"lowest_score": min(scores), "drop": max(loss), "degradation_area": sum(loss) / len(loss)}
+    written |= {"regret": 1 - sum(scores) / len(scores) / 100, "steps_to_gain": 5_000 * gain[0] if gain else None}
+    written |= {"seconds": 10.0, "versions": versions, "device": "cpu", "commit": "abc"} | (summary or {})
+    if complete:
+        (path / "summary.json").write_text(json.dumps(written))
+    steps = range(0, online_steps + 1, 5_000)
+    tags = {"online/normalized_score": scores, "online/learner_score": learner if learner is not None else scores}
+    tags = {tag: zip(steps, values, strict=True) for tag, values in tags.items()} | (scalars or {})
+    writer = EventFileWriter(str(path / "online"))
+    for tag, points in tags.items():
+        for step, value in points:
+            event = Event(step=step, summary=Summary(value=[Summary.Value(tag=tag, simple_value=value)]))
+            writer.add_event(event)
+    writer.close()
+    return path
+
+
+def run_report(*folders, out, readme=None):
+    report.main(report.Args(tuple(folders), out, readme=readme))
+    return report.read_csv(out / "per_seed.csv"), (out / "table.md").read_text()
+
+
+def reported_rows() -> list[dict]:
+    with open(report.Args.reported, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(autouse=True)
+def no_plots(request, monkeypatch):
+    if request.function is not test_curves:
+        monkeypatch.setattr(report, "draw", lambda *_: None)
+
+
+def cells(text: str, *words: str) -> list[str]:
+    """The cells of the first table line that has all the words as cells."""
+    for line in text.splitlines():
+        found = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith("|") and set(words) <= set(found):
+            return found
+    raise AssertionError(f"no line with {words} in\n{text}")
+
+
+def test_numbers_are_those_worked_by_hand(tmp_path):
+    runs = tmp_path / "runs"
+    make_run(runs, seed=1, scores=(50, 40, 61, 62, 63))  # drop 10, area 10/5, gains at 10,000
+    make_run(runs, seed=2, scores=(52, 32, 52, 52, 57))  # drop 20, area 20/5, never gains
+    rows, text = run_report(runs, out=tmp_path / "out")
+    assert [(row["apart"], row["eval_env"]) for row in rows] == [("", "Hopper-v4")] * 2
+    line = cells(report.main_table(rows, []), "hopper-medium (STAND-IN)", "iql_finetune")
+    # With two runs the bootstrap's 2.5 % and 97.5 % percentiles are the smaller and the larger.
+    assert line[2:8] == ["2", "51.0 [50.0, 52.0]", "60.0 [57.0, 63.0]", "15.0 [10.0, 20.0]", "3.0 [2.0, 4.0]",
+                         "0.48 [0.45, 0.51]"]  # fmt: skip
+    assert line[8] == "10,000 (1 of 2)" and line[9] == "-"
+    assert "Headline" in text and "2 runs; offline steps 100,000; online steps 20,000" in text
+    assert "versions torch 2.13.0 mujoco 3.3.7; device cpu; commit abc." in text
+
+
+def test_statistics_over_tasks():
+    a, b = np.array([1.0, 2.0, 3.0, 10.0]), np.array([5.0, 7.0])
+    assert report.mean(a, b) == 5.0  # mean of 4 and 6: each task counts once
+    assert report.iqm(a, b) == np.mean([2, 3, 5, 7])  # a quarter of 6 runs is 1, cut off at each end
+    assert report.improvement(a, b) == (0 + 0 + 0 + 2) / 8
+    assert report.improvement(a, a) == 0.5
+    assert report.ratio(a, b) == 4 / 6
+    value, low, high = report.interval(report.mean, [a, b])
+    assert value == 5.0 and 2.9 < low < value < high < 8.1
+    assert report.show(report.interval(report.mean, [np.array([3.0])])) == "3.0"  # one run: no interval
+
+
+def test_headline(tmp_path):
+    """Drops of 1 and 3 against 8 and 8: 75 % less. Gains at 10,000 twice against 10,000 and never (20,000): 1.5x."""
+    for seed, drop in ((1, 1), (2, 3)):
+        make_run(tmp_path / "runs", script="jsrl_gated", seed=seed, scores=(50, 50 - drop, 61, 61, 61))
+    make_run(tmp_path / "runs", seed=1, scores=(50, 42, 61, 61, 61))
+    make_run(tmp_path / "runs", seed=2, scores=(50, 42, 50, 50, 50))
+    rows, text = run_report(tmp_path / "runs", out=tmp_path / "out")
+    line = cells(text, "jsrl_gated", "iql_finetune")
+    assert line[2:5] == ["1", "8.0 → 2.0", "75 % [62, 88]"]
+    assert (
+        line[5] == "1.50x [1.00, 2.00], 1 tasks" and line[6] == "0.75 [0.50, 1.00]" and line[7] == "1.00 [1.00, 1.00]"
+    )
+    assert cells(report.aggregate_table(rows), "jsrl_gated")[1:3] == ["1", "2"]
+
+
+def test_listed_apart_and_never_averaged(tmp_path):
+    runs = tmp_path / "runs"
+    for seed in (1, 2, 3):
+        make_run(runs, seed=seed)
+    make_run(runs, seed=4, complete=False)
+    make_run(runs, seed=5, scores=(50, 40, 60, 70, 80, 90))  # more online steps
+    make_run(runs, seed=6, versions=VERSIONS | {"mujoco": "3.2.0"})
+    make_run(runs, seed=7, tolerance=9.0)
+    make_run(runs, seed=8, expectile=0.9)
+    make_run(runs, seed=9, utd_ratio=4)
+    make_run(runs, seed=10, summary={"final_score": 99.0})
+    make_run(tmp_path / "again", seed=1)
+    make_run(runs, task="pen-human", expectile=0.8)  # another domain's value: no reason
+    make_run(runs, task="walker2d-medium", tolerance=9.0)  # not a domain's value: one
+    rows, text = run_report(runs, tmp_path / "again", out=tmp_path / "out")
+    reasons = {(row["task"], row["seed"]): row["apart"] for row in rows if row["apart"]}
+    hopper = {int(seed): reason for (task, seed), reason in reasons.items() if task == "hopper-medium"}
+    assert hopper[4] == "incomplete: 10000 of 10000 online steps"
+    assert "online_steps 25000, others 10000" in hopper[5]
+    assert "versions torch 2.13.0 mujoco 3.2.0, others torch 2.13.0 mujoco 3.3.7" in hopper[6]
+    assert hopper[7] == "different settings: tolerance 9.0, others 2.0"
+    assert hopper[8] == "different settings: expectile 0.9, others 0.7"
+    assert "utd_ratio 4, others 1" in hopper[9]
+    assert hopper[10] == "its learning curve and its summary.json disagree"
+    assert hopper[1].startswith("there twice")
+    assert ("pen-human", "1") not in reasons and "tolerance" in reasons["walker2d-medium", "1"]
+    line = cells(report.main_table(rows, []), "hopper-medium (STAND-IN)")
+    assert line[2] == "3" and line[4] == "60.0 [60.0, 60.0]"
+    for reason in reasons.values():
+        assert reason in text
+
+
+def test_official_and_stand_in_are_two_rows(tmp_path):
+    make_run(tmp_path / "a", task="hopper-medium")
+    make_run(tmp_path / "b", task="hopper-medium", dataset_id="hopper-medium-v2", scores=(70, 70, 70))
+    rows, _ = run_report(tmp_path / "a", tmp_path / "b", out=tmp_path / "out")
+    table = report.main_table(rows, [])
+    assert cells(table, "hopper-medium (STAND-IN)")[4] == "60.0" and cells(table, "hopper-medium")[4] == "70.0"
+
+
+def test_reported_numbers_beside_ours(tmp_path):
+    make_run(tmp_path, task="pen-cloned", dataset_id="D4RL/pen/cloned-v2")
+    make_run(tmp_path, task="kitchen-mixed", script="cal_ql", dataset_id="D4RL/kitchen/mixed-v2")
+    make_run(tmp_path, task="hopper-medium", script="offline", scores=(66, 66, 66))
+    _, text = run_report(tmp_path, out=tmp_path / "out")
+    assert cells(text, "pen-cloned", "iql_finetune")[-1] == "84.19 → 102.02 at 1,000,000 (CORL)"
+    assert cells(text, "kitchen-mixed", "cal_ql")[-1] == "-"  # what is only remembered is not compared with
+    assert "Cal-QL paper, main table†" in cells(text, "kitchen-mixed", "Cal-QL")[-1]
+    offline = cells(text.split("## Offline")[1], "hopper-medium (STAND-IN)")
+    assert offline[1:4] == ["100,000", "66.0 (1)", "-"]
+    assert offline[4] == "67.53 CORL; 56.78 JAX-CORL; 66.3 IQL paper†"
+    reported = reported_rows()
+    assert {row["trust"] for row in reported} == {"file", "text", "derived", "recall"}
+    assert all(row["source"] and row["reported_on"] and float(row["score"]) < 200 for row in reported)
+
+
+def test_resumed_run_is_read_once(tmp_path):
+    """Scalars logged again after a resume replace those logged before."""
+    path = make_run(tmp_path)
+    writer = EventFileWriter(str(path / "online"), filename_suffix=".resumed")
+    for step, value in ((5_000, 40.0), (10_000, 60.0)):
+        tag = "online/normalized_score"
+        writer.add_event(Event(step=step, summary=Summary(value=[Summary.Value(tag=tag, simple_value=value)])))
+    writer.close()
+    curve = report.read_scalars(path)["online/normalized_score"]
+    np.testing.assert_allclose(curve, [[0, 50], [5_000, 40], [10_000, 60]])
+
+
+def test_commands_reproduce_the_run(tmp_path):
+    make_run(tmp_path, script="jsrl_gated_open", gate="open", calibrate=False, offline_checkpoint="a b/offline.pt")
+    run_report(tmp_path, out=tmp_path / "out")
+    line = (tmp_path / "out" / "commands.txt").read_text()
+    assert line.startswith("python jsrl_gated.py --exp-name jsrl_gated_open --run-dir ")
+    assert "--offline-steps 100000" in line and "--no-calibrate" in line and "--gate open" in line
+    assert "--offline-checkpoint 'a b/offline.pt'" in line and "--no-cuda" in line
+    assert "--tolerance" not in line and "--seed" not in line  # the script's own defaults
+
+
+def test_readme_is_updated_between_its_markers(tmp_path):
+    make_run(tmp_path / "runs")
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- results -->\nold\n<!-- /results -->\nafter\n")
+    rows, _ = run_report(tmp_path / "runs", out=tmp_path / "results", readme=readme)
+    block = report.readme_block(rows, reported_rows())
+    assert readme.read_text() == f"before\n<!-- results -->\n{block}<!-- /results -->\nafter\n"
+    assert "hopper-medium (STAND-IN)" in block and "results/curves.png" in block
+    readme.write_text("no markers")
+    with pytest.raises(SystemExit) as error:
+        run_report(tmp_path / "runs", out=tmp_path / "results", readme=readme)
+    assert error.value.code == 2 and readme.read_text() == "no markers"
+
+
+def test_no_run_folders(tmp_path, capsys):
+    with pytest.raises(SystemExit) as error:
+        run_report(tmp_path, out=tmp_path / "out")
+    assert error.value.code == 2 and "no run folders" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not (ROOT / "results/per_seed.csv").exists(), reason="no results yet")
+def test_readme_and_tables_equal_the_results():
+    """What README.md and results/table.md show is what results/per_seed.csv gives."""
+    rows = report.read_csv(ROOT / "results/per_seed.csv")
+    reported = reported_rows()
+    assert (ROOT / "results/table.md").read_text() == report.all_tables(rows, reported)
+    readme = (ROOT / "README.md").read_text()
+    assert report.MARKERS[0] + "\n" + report.readme_block(rows, reported) + report.MARKERS[1] in readme
+
+
+def test_curves(tmp_path):
+    """One picture for all tasks and one a task, whatever subset of scalars a script logs."""
+    gate = {"gate/level": [(0, 0.0), (4_000, 0.2), (9_000, 0.6)]}
+    resets = {"online/evaluator/resets": [(1_000, 0), (6_000, 1)]}
+    for seed in (1, 2):
+        make_run(tmp_path / "runs", script="jsrl_gated", seed=seed, learner=(50, 20, 70), scalars=gate)
+        make_run(tmp_path / "runs", script="sft_reset", seed=seed, scalars=resets)
+    make_run(tmp_path / "runs", task="walker2d-medium", script="cal_ql")
+    run_report(tmp_path / "runs", out=tmp_path / "out")
+    pictures = sorted(path.name for path in (tmp_path / "out").glob("*.png"))
+    assert pictures == ["curves.png", "curves_hopper-medium.png", "curves_walker2d-medium.png"]

@@ -120,8 +120,12 @@ HDF5_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2/"
 
 def fail(message: str) -> NoReturn:
     """Bad input: one line that says what is wrong and what to do about it, exit code 2."""
-    print(f"error: {message}", file=sys.stderr)
+    tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, below any progress bar
     sys.exit(2)
+
+
+def reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 class EndAtGoal(gym.Wrapper):
@@ -158,7 +162,7 @@ class Task:
 
     def make_env(self, video_dir: Path | None = None) -> gym.Env:
         """Observations as in `data`, actions in [-1, 1], rewards not transformed."""
-        env = gym.make(self.env_spec, render_mode="rgb_array" if video_dir else None)
+        env = gym.make(self.env_spec, **({"render_mode": "rgb_array"} if video_dir else {}))
         env = gym.wrappers.RecordVideo(env, str(video_dir), episode_trigger=lambda _: True) if video_dir else env
         env = EndAtGoal(env) if self.domain in GOAL_DOMAINS else env
         box = gym.spaces.Box(-np.inf, np.inf, self.obs_mean.shape, np.float32)
@@ -235,7 +239,7 @@ def find_dataset(args: Args) -> tuple[str, Path, str]:
                 download(dataset_id, path)
             return dataset_id, path, env
         except Exception as error:  # whatever server, network and libraries raise: it is not to be had
-            print(f"cannot fetch {dataset_id}: {str(error).splitlines()[0]}")
+            print(f"cannot fetch {dataset_id}: {reason(error)}")
     if args.dataset == "official" or "/" in args.env_id:
         fail(f"{dataset_id} is not at {path}: put it there, or use a short name and --dataset stand-in")
     stand_in, maker = f"o2o/{env}/{kind}-v0", Path(__file__).with_name("make_dataset.py")
@@ -250,6 +254,7 @@ def find_dataset(args: Args) -> tuple[str, Path, str]:
 def load_task(args: Args) -> Task:
     """The task with its data checked, described and transformed; `args` gets the domain's value where it has None."""
     dataset_id, path, env = find_dataset(args)
+    cure = "give a whole file" if args.env_id.endswith(".hdf5") else f"delete {path} to have it fetched again"
     try:
         if path.suffix == ".hdf5":
             spec, meta = gym.spec(args.eval_env or HDF5_ENVS[env]), {}
@@ -258,17 +263,17 @@ def load_task(args: Args) -> Task:
             dataset = minari.MinariDataset(path / "data")
             spec, meta = dataset.recover_environment(eval_env=True).spec, dataset.storage.metadata
             data = read_minari(dataset)
-    except (OSError, KeyError, ValueError, gym.error.Error) as error:
-        fail(f"cannot read {path} ({str(error).splitlines()[0]}); delete it to have it fetched again")
-    world = gym.make(spec)
+        world = gym.make(spec)
+    except Exception as error:  # whatever h5py, minari and the environment raise
+        fail(f"cannot read {path} or make its environment ({reason(error)}); {cure}")
     box, obs = world.action_space, flatten_obs(world.reset(seed=0)[0])
-    if not isinstance(box, gym.spaces.Box):
-        fail(f"{dataset_id}: actions are {box}; only continuous ones (Box) are supported")
+    if not isinstance(box, gym.spaces.Box) or not box.is_bounded():
+        fail(f"{dataset_id}: actions are {box}; only continuous, bounded ones are supported")
     for key, shape in {"obs": obs.shape, "next_obs": obs.shape, "action": box.shape, "reward": ()}.items():
         if not len(data[key]) or data[key].shape[1:] != shape or len(data[key]) != len(data["reward"]):
-            fail(f"{dataset_id}: {key} has shape {data[key].shape}, {spec.id} needs (1 or more, *{shape})")
+            fail(f"{dataset_id}: {key} has shape {data[key].shape}, {spec.id} needs (1 or more, *{shape}); {cure}")
         if not np.isfinite(data[key]).all():
-            fail(f"{dataset_id}: {key} has NaN or infinite values; delete {path} to have it fetched again")
+            fail(f"{dataset_id}: {key} has NaN or infinite values; {cure}")
 
     domain, ref_min, ref_max, *_ = ENVS.get(env, ("locomotion", meta.get("ref_min_score"), meta.get("ref_max_score")))
     last = data["terminated"] | data["truncated"]
@@ -406,8 +411,8 @@ class Agent(nn.Module):
 
         # V: upper expectile of Q over the data's actions (Eq. 5)
         advantage = target_q - self.value(obs).squeeze(-1)
-        side = torch.where(advantage > 0, args.expectile, 1 - args.expectile)
-        value_loss = (side * advantage.square()).mean()
+        asymmetry = (args.expectile - (advantage < 0).to(advantage.dtype)).abs()
+        value_loss = (asymmetry * advantage.square()).mean()
 
         # Q: backup through V, never through an action outside the data (Eq. 6) [D1]
         backup = batch["reward"] + args.gamma * (1 - batch["terminated"]) * next_v
@@ -513,9 +518,9 @@ def save_file(path: Path, content: dict) -> None:
 def load_file(path: Path, **expected) -> dict:
     """A file of `save_file`, which must agree with `expected`."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # torch, zip and pickle raise whatever the damage leads to
-        fail(f"cannot read {path} ({str(error).splitlines()[0]}); give another, or delete it to start anew")
+        fail(f"cannot read {path} ({reason(error)}); give another, or delete it to start anew")
     for key, value in expected.items():
         if content.get(key) != value:
             fail(f"{path} is of another run: {key} is {content.get(key)}, here {value}; start with the same, or anew")
@@ -544,7 +549,7 @@ class Run:
         settings = {key: value for key, value in asdict(self.args).items() if key != "resume"}
         self.parts, self.settings, checkpoint = parts, settings, self.dir / "checkpoint.pt"
         if checkpoint.exists():
-            saved = load_file(checkpoint, args=settings)
+            saved = load_file(checkpoint, **settings)
             for name, part in parts.items():
                 part.load_state_dict(saved[name])
             self.progress = saved["progress"]
@@ -560,8 +565,9 @@ class Run:
 
             names = {"project": self.args.wandb_project_name, "entity": self.args.wandb_entity, "name": self.dir.name}
             wandb.init(**names, config=settings, sync_tensorboard=True)
-        for phase in ("offline", "online"):  # two, because each counts its own steps
-            self.writers[phase] = SummaryWriter(self.dir / phase, purge_step=self.progress[f"{phase}_step"] + 1)
+        online_step = self.progress["online_step"] if self.progress["steps"] else -1
+        for phase, step in {"offline": self.progress["offline_step"], "online": online_step}.items():
+            self.writers[phase] = SummaryWriter(self.dir / phase, purge_step=step + 1)  # each counts its own steps
         for number in (signal.SIGTERM, signal.SIGUSR1):  # what SLURM sends before it takes the machine away
             signal.signal(number, lambda *_: setattr(self, "stop", True))
         self.began, self.saved_at = time.time() - self.progress["seconds"], self.progress["online_step"]
@@ -569,7 +575,9 @@ class Run:
     def log(self, phase: str, step: int, values: dict, losses: dict[str, Tensor] | None = None) -> None:
         """TensorBoard scalars at `step`: gradient steps offline, environment steps online, whose scores are kept."""
         for name, value in (values | {f"losses/{name}": loss for name, loss in (losses or {}).items()}).items():
-            self.writers[phase].add_scalar(name if name.startswith("charts/") else f"{phase}/{name}", value, step)
+            self.writers[phase].add_scalar(
+                name if "/" in name and "losses" not in name else f"{phase}/{name}", value, step
+            )
         if phase == "online" and "normalized_score" in values:
             self.progress["steps"].append(step)
             self.progress["scores"].append(values["normalized_score"])
@@ -591,7 +599,7 @@ class Run:
             torch.cuda.get_rng_state_all(),
         ]
         parts = {name: part.state_dict() for name, part in self.parts.items()}
-        save_file(self.dir / "checkpoint.pt", parts | {"args": self.settings, "progress": self.progress, "rng": rng})
+        save_file(self.dir / "checkpoint.pt", self.settings | parts | {"progress": self.progress, "rng": rng})
         if self.stop:
             print(f"stopped and saved; continue with: {' '.join(['python', *sys.argv, '--resume'])}")
             sys.exit(0)
@@ -624,7 +632,11 @@ def train(args: Args) -> dict:
     # ---- setup ----
     run = Run(args)
     task = load_task(args)
-    print("  ".join(f"{name} {getattr(args, name)}" for name in [*args.domain_values[task.domain], "reward_scale"]))
+    print(
+        "  ".join(
+            f"{name} {getattr(args, name)}" for name in args.domain_values["any"] | args.domain_values[task.domain]
+        )
+    )
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic CUDA kernels need
     torch.use_deterministic_algorithms(args.torch_deterministic)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # one core a run, so that seeds run side by side
@@ -636,13 +648,15 @@ def train(args: Args) -> dict:
     buffer = ReplayBuffer(task.data, min(args.buffer_size, args.online_steps), device)
     with device:
         agent = Agent(task.data["obs"].shape[1], task.data["action"].shape[1], args)
+    identity = {"algorithm": agent.algorithm, "dataset_id": task.dataset_id, "hidden": args.hidden}
+    pretrained = load_file(Path(args.offline_checkpoint), **identity) if args.offline_checkpoint else None
+    args.offline_steps = pretrained["offline_steps"] if pretrained else args.offline_steps
     run.start(agent=agent, buffer=buffer)
     progress, eval_env = run.progress, task.make_env(run.dir / "videos" if args.capture_video else None)
 
     # ---- offline ----
-    identity = {"algorithm": agent.algorithm, "dataset_id": task.dataset_id, "hidden": args.hidden}
-    if args.offline_checkpoint and not progress["offline_step"]:
-        agent.load_state_dict(load_file(Path(args.offline_checkpoint), **identity)["agent"])
+    if pretrained and not progress["offline_step"]:
+        agent.load_state_dict(pretrained["agent"])
         progress["offline_step"] = args.offline_steps
     if args.compile:
         agent.loss = torch.compile(agent.loss)
@@ -660,9 +674,10 @@ def train(args: Args) -> dict:
             bar.set_postfix(score=f"{result['normalized_score']:.1f}")
         if run.stop or step % args.save_every == 0:
             run.save()
-    save_file(run.dir / "offline.pt", identity | {"agent": agent.state_dict()})
-    if not progress["steps"]:
+    if not progress["steps"]:  # not where a resumed run is online already
+        save_file(run.dir / "offline.pt", identity | {"offline_steps": args.offline_steps, "agent": agent.state_dict()})
         progress["offline_score"] = evaluate(agent.act, eval_env, task, args)["normalized_score"]
+        torch.manual_seed(args.seed)  # online as a run that starts from this offline.pt
 
     # ---- online ----
     env, update = task.make_env(), partial(run_updates, agent, buffer, args.utd_ratio, args.online_share)

@@ -1,0 +1,986 @@
+"""Fine-tuning that does not get worse first: a frozen guide hands its episodes over to a fast learner, as far as a gate
+with confidence bounds lets it. Our reading of Wang, White, White, "Fine-Tuning without Performance Degradation" (2025),
+of which only the abstract is public to us, on top of Uchendu et al., "Jump-Start Reinforcement Learning" (2022).
+
+    python jsrl_gated.py --env-id hopper-medium
+
+How to read it: `Agent` is IQL, the offline learner and then the guide; `Explorer` is the online learner, SAC; `Gate`
+decides who acts; `train`, the last function, is the run from top to bottom. Tasks, data, buffer, evaluation and run
+folder are the same text in all four scripts of CleanO2O. Metrics and results: README.md. Our choices:
+[D1] The guide is the mean action of the offline policy, frozen. At level e it acts until step (1 - e) * its own median
+     episode length, the explorer after that: where the guide falls early, the explorer still gets to act.
+[D2] The explorer starts from the guide's mean action (SAC's tanh on the same network) and one small standard deviation,
+     at a small fixed temperature: a learned one ran away from a policy so far from maximum entropy.
+[D3] LayerNorm critics overrate unseen actions less, but cannot take over IQL's weights: they are fitted to its Q on
+     the dataset. Batches are half dataset, half online. No update before the guide's warm-up episodes.
+[D4] The gate compares explorer and guide in points of normalised score, by returns or by advantages: the return from
+     the switch on minus V_guide(s, t), least squares on the guide's own returns over t and IQL's V. It only cancels
+     noise: the guide's episodes, each left out of the fit, are measured by it too, and its error is in both means.
+[D5] Bounds: one-sided t interval of the difference of two means, the larger of own and pooled variance on both.
+[D6] `level` is confirmed and deployed; training episodes act at `trial`, one step above or the same. A trial is
+     confirmed when its lower bound is above the reference less the tolerance; the reference is the best lower bound so
+     far up to that level, or the guide. The next step is then twice as large. It is refuted when its upper bound is
+     below the guide less the tolerance: the next one is smaller, and waits longer each time.
+[D7] `level` closes by the same test of its last four episodes: to where the loss, were it in proportion to the level,
+     is tolerated. It is compared with the guide, not with the best so far: closing only leads back to the guide.
+[D8] An explorer that may not act gets no data to correct what it overrates, and falls to nothing behind a closed gate.
+     So its policy loss holds it to the guide, as TD3+BC (Fujimoto, Gu 2021) does to the data, by a weight that falls
+     with the level and is 0 where the gate is open.
+"""
+
+import copy
+import difflib
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import ClassVar, Literal, NoReturn
+from unittest.mock import patch
+
+import gymnasium as gym
+import gymnasium_robotics  # noqa: F401, registers its environments
+import h5py
+import minari
+import numpy as np
+import pooch
+import torch
+import tyro
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    env_id: str = "hopper-medium"  # task: a short name, a full Minari id, or the path of a D4RL .hdf5 file
+    eval_env: str | None = None  # Gymnasium environment of a .hdf5 file given by its path
+    dataset: Literal["auto", "official", "stand-in"] = "auto"  # auto: official, a stand-in if it cannot be reached
+    seed: int = 1  # of networks, batches, exploration and environments
+    exp_name: str = "jsrl_gated"  # the run folder is run_dir/env_id__exp_name__seed
+    run_dir: str = "runs"  # where run folders go
+    cuda: bool = torch.cuda.is_available()  # train on the GPU
+    torch_deterministic: bool = True  # deterministic kernels only
+    offline_steps: int = 1_000_000  # gradient steps before the first environment step
+    online_steps: int = 1_000_000  # environment steps after that
+    utd_ratio: int = 1  # gradient steps per environment step
+    batch_size: int = 256  # transitions per gradient step
+    gamma: float = 0.99  # discount
+    tau: float = 0.005  # share of the new weights that a target network takes over at each update
+    learning_rate: float = 3e-4  # of Adam, for all networks [D2]
+    hidden: int = 256  # units in each hidden layer
+    buffer_size: int = 1_000_000  # online transitions kept [D3]
+    eval_every: int = 5_000  # gradient steps (offline), environment steps (online)
+    eval_episodes: int = 10  # per evaluation
+    offline_checkpoint: str | None = None  # start online from the offline.pt of another run of the same task
+    save_every: int = 50_000  # steps between checkpoints
+    resume: bool = False  # continue the run folder from its checkpoint; starts anew where there is none
+    track: bool = False  # also log to Weights & Biases
+    wandb_project_name: str = "cleano2o"
+    wandb_entity: str | None = None
+    capture_video: bool = False  # film the evaluation episodes (needs moviepy)
+    compile: bool = False  # torch.compile the losses
+    cuda_graph: bool = False  # replay updates as one captured CUDA graph
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # medium: bfloat16 where the processor has it
+    explorer: Literal["sac", "iql"] = "sac"  # the online learner
+    warm_start: bool = True  # it starts as the guide, not from scratch
+    warm_start_steps: int = 5_000  # gradient steps that fit its critics to IQL's [D3]
+    warmup_steps: int = 5_000  # environment steps that the guide takes first, at least three episodes, without updates
+    temperature: float = 0.02  # alpha of SAC, for rewards of about 1 a step [D2]
+    anchor: float = 0.4  # weight of the distance to the guide in the explorer's loss at level 0, in units of |Q| [D8]
+    initial_std: float = 0.1  # of the explorer's action before the tanh
+    gate: Literal["confidence", "curriculum", "random", "open", "closed"] = "confidence"  # see Gate.decide
+    switch: Literal["horizon", "random"] = "horizon"  # the explorer gets the end of an episode, or segments all over it
+    estimator: Literal["advantage", "returns"] = "advantage"  # what the gate compares [D4]
+    tolerance: float = 2.0  # points of normalised score that may be lost
+    confidence: float = 0.9  # of each bound [D5]
+    # None below: the value of the task's domain.
+    expectile: float | None = None  # tau in Eq. 5: 0.5 is SARSA, 1 the maximum over the data's actions
+    beta: float | None = None  # inverse temperature in Eq. 7: 0 is behaviour cloning
+    dropout: float | None = None  # in the actor
+    reward_scale: float | None = (
+        None  # r -> scale * r + bias, dataset and online; 0: 1000 / return range of the dataset
+    )
+    reward_bias: float | None = None
+    normalize_obs: bool | None = None  # by mean and standard deviation of the dataset
+    # Locomotion, kitchen: the authors'. Antmaze, adroit: CORL's, which has the online numbers to compare with.
+    domain_values: ClassVar[dict[str, dict]] = {
+        "locomotion": {"expectile": 0.7, "beta": 3.0, "reward_scale": 0.0},
+        "antmaze": {"expectile": 0.9, "beta": 10.0, "reward_bias": -1.0, "normalize_obs": True},
+        "adroit": {"expectile": 0.8, "beta": 3.0, "dropout": 0.1, "normalize_obs": True},
+        "kitchen": {"expectile": 0.7, "beta": 0.5, "dropout": 0.1},
+        "pointmaze": {"expectile": 0.9, "beta": 10.0, "reward_bias": -1.0},
+        "any": {"dropout": 0.0, "reward_scale": 1.0, "reward_bias": 0.0, "normalize_obs": False},
+    }
+
+
+LOCOMOTION = "random medium expert medium-replay medium-expert full-replay"
+ANTMAZE = "umaze umaze-diverse medium-play medium-diverse large-play large-diverse"
+POINTMAZE = "umaze medium large open umaze-dense medium-dense large-dense open-dense"
+ENVS = {  # D4RL's environments: domain, return of a random and of an expert policy (scores 0 and 100), datasets
+    "halfcheetah": ("locomotion", -280.178953, 12135.0, "halfcheetah-{}-v2", LOCOMOTION),
+    "hopper": ("locomotion", -20.272305, 3234.3, "hopper-{}-v2", LOCOMOTION),
+    "walker2d": ("locomotion", 1.629008, 4592.3, "walker2d-{}-v2", LOCOMOTION),
+    "antmaze": ("antmaze", 0.0, 1.0, "D4RL/antmaze/{}-v1", ANTMAZE),
+    "pointmaze": ("pointmaze", 0.0, 1.0, "D4RL/pointmaze/{}-v2", POINTMAZE),
+    "pen": ("adroit", 96.262799, 3076.8331017826877, "D4RL/pen/{}-v2", "human cloned expert"),
+    "hammer": ("adroit", -274.856578, 12794.134825156867, "D4RL/hammer/{}-v2", "human cloned expert"),
+    "door": ("adroit", -56.512833, 2880.5693087298737, "D4RL/door/{}-v2", "human cloned expert"),
+    "relocate": ("adroit", -6.425911, 4233.877797728884, "D4RL/relocate/{}-v2", "human cloned expert"),
+    "kitchen": ("kitchen", 0.0, 4.0, "D4RL/kitchen/{}-v2", "complete partial mixed"),
+}
+TASKS = {f"{env}-{kind}": row[3].format(kind) for env, row in ENVS.items() for kind in row[4].split()}
+GOAL_DOMAINS = ("antmaze", "pointmaze")  # the return of an episode is its success, 0 or 1
+HDF5_ENVS = {"halfcheetah": "HalfCheetah-v4", "hopper": "Hopper-v4", "walker2d": "Walker2d-v4"}  # recorded in gym's -v2
+HDF5_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2/"
+
+
+def fail(message: str) -> NoReturn:
+    """Bad input: one line that says what is wrong and what to do about it, exit code 2."""
+    tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, below any progress bar
+    sys.exit(2)
+
+
+def reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+class EndAtGoal(gym.Wrapper):
+    """Reaching the goal terminates the episode, as in D4RL's antmaze; Minari's mazes may go on."""
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        return obs, reward, terminated or bool(info["success"]), truncated, info
+
+
+@dataclass
+class Task:
+    """A dataset as the agent sees it, one row a transition, and its environment."""
+
+    dataset_id: str
+    env_spec: gym.envs.registration.EnvSpec
+    domain: str
+    ref_min: float
+    ref_max: float
+    reward_scale: float
+    reward_bias: float
+    obs_mean: np.ndarray
+    obs_std: np.ndarray
+    data: dict[str, np.ndarray]  # obs, action, next_obs, reward, terminated, truncated, return_to_go
+
+    def transform_reward(self, reward):
+        return self.reward_scale * reward + self.reward_bias
+
+    def transform_obs(self, obs):
+        return ((flatten_obs(obs) - self.obs_mean) / self.obs_std).astype(np.float32)
+
+    def score(self, episode_return: float) -> float:
+        return 100 * (episode_return - self.ref_min) / (self.ref_max - self.ref_min)
+
+    def make_env(self, video_dir: Path | None = None) -> gym.Env:
+        """Observations as in `data`, actions in [-1, 1], rewards not transformed."""
+        env = gym.make(self.env_spec, **({"render_mode": "rgb_array"} if video_dir else {}))
+        env = gym.wrappers.RecordVideo(env, str(video_dir), episode_trigger=lambda _: True) if video_dir else env
+        env = EndAtGoal(env) if self.domain in GOAL_DOMAINS else env
+        box = gym.spaces.Box(-np.inf, np.inf, self.obs_mean.shape, np.float32)
+        return gym.wrappers.RescaleAction(gym.wrappers.TransformObservation(env, self.transform_obs, box), -1.0, 1.0)
+
+
+def flatten_obs(obs):
+    """A goal dict (one observation or many) as one vector; kitchen's goal, a dict, never varies and is left out."""
+    if not isinstance(obs, dict):
+        return obs
+    keys = ("achieved_goal", "observation", "desired_goal")
+    return obs["observation"] if isinstance(obs[keys[2]], dict) else np.concatenate([obs[key] for key in keys], -1)
+
+
+def read_hdf5(path: Path, max_episode_steps: int) -> dict[str, np.ndarray]:
+    """A D4RL file. Without `next_observations` the one after a time-out is not to be had, and that transition is not
+    `known`; without `timeouts` the steps are counted."""
+    names = {"obs": "observations", "action": "actions", "reward": "rewards", "terminated": "terminals"}
+    with h5py.File(path) as file:
+        data = {key: file[name][:] for key, name in names.items()} | {"terminated": file["terminals"][:].astype(bool)}
+        n, has_next, start = len(data["reward"]), "next_observations" in file, 0
+        data["next_obs"] = file["next_observations"][:] if has_next else np.roll(data["obs"], -1, 0)
+        data["truncated"] = file["timeouts"][:].astype(bool) if "timeouts" in file else np.zeros(n, bool)
+        for i in range(0 if "timeouts" in file else n):
+            data["truncated"][i] = i - start == max_episode_steps - 1
+            start = i + 1 if data["terminated"][i] or data["truncated"][i] else start
+    data["truncated"][n - 1 :] = True  # the file may end in the middle of an episode
+    data["truncated"] &= ~data["terminated"]
+    return data | {"known": ~data["truncated"] | has_next}
+
+
+def read_minari(dataset: minari.MinariDataset) -> dict[str, np.ndarray]:
+    """A Minari dataset: its episodes have one observation more than steps, so every next observation is known."""
+    episodes = list(dataset.iterate_episodes())
+    obs = [flatten_obs(episode.observations) for episode in episodes]
+    data = {"obs": np.concatenate([o[:-1] for o in obs]), "next_obs": np.concatenate([o[1:] for o in obs])}
+    for key, name in {"action": "actions", "reward": "rewards", "terminated": "terminations"}.items():
+        data[key] = np.concatenate([getattr(episode, name) for episode in episodes])
+    last = np.concatenate([np.arange(len(episode)) == len(episode) - 1 for episode in episodes])
+    return data | {"truncated": last & ~data["terminated"], "known": np.ones(len(last), bool)}
+
+
+def download(dataset_id: str, path: Path) -> None:
+    """Fetch an official dataset, with a progress bar, under a temporary name that becomes `path` when it is whole."""
+    if path.suffix == ".hdf5":
+        downloader = pooch.HTTPDownloader(progressbar=True, timeout=10)
+        pooch.retrieve(HDF5_URL + path.name, None, path.name, path.parent, downloader=downloader)
+        return
+    urllib.request.urlopen("https://huggingface.co", timeout=10).close()  # minari would retry for half a minute
+    with tempfile.TemporaryDirectory(prefix=".download-", dir=minari.storage.get_dataset_path()) as part:
+        with patch.dict(os.environ, MINARI_DATASETS_PATH=part):
+            minari.download_dataset(dataset_id)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(Path(part, dataset_id), path)
+
+
+def find_dataset(args: Args) -> tuple[str, Path, str]:
+    """Id, local path and environment (first word of the task) of the dataset: local, else official, else stand-in."""
+    name, dataset_id, path = args.env_id.removesuffix("-v2"), args.env_id, Path(args.env_id)
+    if path.suffix == ".hdf5":
+        if not path.exists() or not args.eval_env:
+            fail(f"{path}: no such file" if args.eval_env else f"{path} needs --eval-env, for instance Hopper-v4")
+        return path.stem, path, args.eval_env.split("-")[0].lower()
+    if "/" not in args.env_id and name not in TASKS:
+        near = ", ".join(difflib.get_close_matches(name, TASKS, 3, 0.2))
+        fail(f"unknown task {args.env_id}; nearest: {near}; or a full Minari id, or the path of a .hdf5 file")
+    dataset_id = TASKS.get(name, args.env_id)
+    env, kind = dataset_id.split("/")[-2:] if "/" in args.env_id else name.split("-", 1)
+    path = Path(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets"), f"{dataset_id}.hdf5").expanduser()
+    path = Path(minari.storage.get_dataset_path(dataset_id)) if "/" in dataset_id else path
+    if args.dataset != "stand-in":
+        try:
+            if not path.exists():
+                download(dataset_id, path)
+            return dataset_id, path, env
+        except Exception as error:  # whatever server, network and libraries raise: it is not to be had
+            print(f"cannot fetch {dataset_id}: {reason(error)}")
+    if args.dataset == "official" or "/" in args.env_id:
+        fail(f"{dataset_id} is not at {path}: put it there, or use a short name and --dataset stand-in")
+    stand_in, maker = f"o2o/{env}/{kind}-v0", Path(__file__).with_name("make_dataset.py")
+    path = Path(minari.storage.get_dataset_path(stand_in))
+    command = [sys.executable, maker, "collect", "--env-id", name]
+    if not path.exists() and (not maker.exists() or subprocess.run(command).returncode):
+        fail(f"no stand-in {stand_in}: make_dataset.py and policies/ must lie beside this script and have this task")
+    print(f"!!! training on the STAND-IN {stand_in}: its scores are not comparable with those on {dataset_id} !!!")
+    return stand_in, path, env
+
+
+def load_task(args: Args) -> Task:
+    """The task with its data checked, described and transformed; `args` gets the domain's value where it has None."""
+    dataset_id, path, env = find_dataset(args)
+    cure = "give a whole file" if args.env_id.endswith(".hdf5") else f"delete {path} to have it fetched again"
+    try:
+        if path.suffix == ".hdf5":
+            spec, meta = gym.spec(args.eval_env or HDF5_ENVS[env]), {}
+            data = read_hdf5(path, spec.max_episode_steps)
+        else:
+            dataset = minari.MinariDataset(path / "data")
+            spec, meta = dataset.recover_environment(eval_env=True).spec, dataset.storage.metadata
+            data = read_minari(dataset)
+        world = gym.make(spec)
+    except Exception as error:  # whatever h5py, minari and the environment raise
+        fail(f"cannot read {path} or make its environment ({reason(error)}); {cure}")
+    box, obs = world.action_space, flatten_obs(world.reset(seed=0)[0])
+    if not isinstance(box, gym.spaces.Box) or not box.is_bounded():
+        fail(f"{dataset_id}: actions are {box}; only continuous, bounded ones are supported")
+    for key, shape in {"obs": obs.shape, "next_obs": obs.shape, "action": box.shape, "reward": ()}.items():
+        if not len(data[key]) or data[key].shape[1:] != shape or len(data[key]) != len(data["reward"]):
+            fail(f"{dataset_id}: {key} has shape {data[key].shape}, {spec.id} needs (1 or more, *{shape}); {cure}")
+        if not np.isfinite(data[key]).all():
+            fail(f"{dataset_id}: {key} has NaN or infinite values; {cure}")
+
+    domain, ref_min, ref_max, *_ = ENVS.get(env, ("locomotion", meta.get("ref_min_score"), meta.get("ref_max_score")))
+    last = data["terminated"] | data["truncated"]
+    first = np.append(0, np.flatnonzero(last)[:-1] + 1)
+    returns = np.add.reduceat(data["reward"], first, dtype=np.float64)
+    returns = np.minimum(returns, 1) if domain in GOAL_DOMAINS else returns
+    ref_min, ref_max = (returns.min(), returns.max()) if ref_max is None else (ref_min, ref_max)
+    if path.suffix != ".hdf5" and meta.get("ref_max_score") is None:
+        print(f"{dataset_id} has no reference scores; 0 and 100 are returns of {ref_min:.1f} and {ref_max:.1f}")
+    for name, value in (args.domain_values["any"] | args.domain_values[domain]).items():
+        setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
+    args.reward_scale = float(args.reward_scale or 1000 / max(np.ptp(returns), 1e-6))
+    mean, std = (data["obs"].mean(0), data["obs"].std(0) + 1e-3) if args.normalize_obs else (0 * obs, 0 * obs + 1)
+    task = Task(dataset_id, spec, domain, ref_min, ref_max, args.reward_scale, args.reward_bias, mean, std, data)
+    print(
+        f"{dataset_id}: {len(last):,} transitions, {len(first):,} episodes ({data['terminated'].sum():,} terminated, "
+        f"{data['truncated'].sum():,} truncated), return mean {returns.mean():.1f}, min {returns.min():.1f}, "
+        f"max {returns.max():.1f}, normalised mean {task.score(returns.mean()):.1f}"
+    )
+    # Return-to-go of the transformed reward. A goal never reached counts as never reached for ever after; an episode
+    # of dense rewards cut by its time limit as earning nothing more: too low by gamma^k of the value, k steps before.
+    data["reward"] = task.transform_reward(data["reward"])
+    data["return_to_go"], g = np.empty(len(last)), 0.0
+    for i in reversed(range(len(last))):
+        data["return_to_go"][i] = g = data["reward"][i] + args.gamma * (0.0 if last[i] else g)
+    if domain in GOAL_DOMAINS:
+        failed = np.repeat(returns <= 0, np.diff(np.append(first, len(last))))
+        data["return_to_go"][failed] = task.transform_reward(0.0) / (1 - args.gamma)
+        data["terminated"] |= data["reward"] > task.transform_reward(0.0)  # see EndAtGoal
+    data["action"] = np.clip(2 * (data["action"] - box.low) / (box.high - box.low) - 1, -1 + 1e-5, 1 - 1e-5)  # [D4]
+    data["obs"], data["next_obs"] = task.transform_obs(data["obs"]), task.transform_obs(data["next_obs"])
+    known = data.pop("known")
+    task.data = {key: value[known].astype(np.float32) for key, value in data.items()}
+    return task
+
+
+class ReplayBuffer:
+    """Dataset and online transitions as rows of one matrix on the training device, so that a batch is one gather and
+    then views. The first rows are the dataset's, the others a ring of the latest online transitions."""
+
+    keys = ("obs", "action", "next_obs", "reward", "terminated", "return_to_go")
+
+    def __init__(self, data: dict[str, np.ndarray], capacity: int, device: torch.device):
+        rows = np.concatenate([data[key].reshape(len(data[key]), -1) for key in self.keys], 1)
+        self.widths = [data[key].shape[1] for key in self.keys[:3]] + [1] * 3
+        self.n_dataset, self.capacity, self.added = len(rows), capacity, 0
+        self.rows = torch.zeros(len(rows) + capacity, rows.shape[1], device=device)
+        self.rows[: len(rows)] = torch.from_numpy(rows)
+        self.n_online = torch.zeros((), dtype=torch.float64, device=device)  # a tensor: read inside CUDA graphs
+
+    def add(self, obs, action, next_obs, reward, terminated, return_to_go=0.0) -> None:
+        row = np.concatenate([obs, action, next_obs, [reward, terminated, return_to_go]], dtype=np.float32)
+        self.rows[self.n_dataset + self.added % self.capacity] = torch.from_numpy(row).to(self.rows.device)
+        self.added += 1
+        self.n_online.fill_(min(self.added, self.capacity))
+
+    def sample(self, n: int, online_share: float | None = None) -> dict[str, Tensor]:
+        """n transitions, (n, dim) or (n,) each: from all rows alike, or a fixed share of them from the online ones."""
+        u = torch.rand(n, dtype=torch.float64, device=self.rows.device)
+        index = u * (self.n_dataset + self.n_online)
+        if online_share is not None:
+            online = torch.arange(n, device=u.device) < round(n * online_share)
+            index = torch.where(online, self.n_dataset + u * self.n_online, u * self.n_dataset)
+        columns = self.rows[index.long()].split(self.widths, 1)
+        return dict(zip(self.keys, columns[:3] + tuple(c.squeeze(1) for c in columns[3:]), strict=True))
+
+    def state_dict(self) -> dict:
+        n = self.n_dataset + min(self.added, self.capacity)
+        return {"added": self.added, "online": self.rows[self.n_dataset : n].clone()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.added, n = state["added"], len(state["online"])
+        self.rows[self.n_dataset : self.n_dataset + n] = state["online"]
+        self.n_online.fill_(n)
+
+
+def mlp(n_in: int, hidden: int, n_out: int, dropout: float = 0.0) -> nn.Sequential:
+    drop = [nn.Dropout(dropout)] if dropout else []
+    hiddens = [nn.Linear(n_in, hidden), nn.ReLU(), *drop, nn.Linear(hidden, hidden), nn.ReLU(), *drop]
+    return nn.Sequential(*hiddens, nn.Linear(hidden, n_out))
+
+
+class GaussianActor(nn.Module):
+    """Normal(tanh(net(s)), exp(log_std)), its log_std the same in every state; samples are not squashed."""
+
+    def __init__(self, obs_dim: int, action_dim: int, hidden: int, dropout: float):
+        super().__init__()
+        self.net = mlp(obs_dim, hidden, action_dim, dropout)
+        self.log_std = nn.Parameter(torch.zeros(action_dim))
+
+    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean (n, action_dim) and log standard deviation (action_dim,)."""
+        return torch.tanh(self.net(obs)), self.log_std.clamp(-5, 2)
+
+    def log_prob(self, obs: Tensor, action: Tensor) -> Tensor:
+        mean, log_std = self(obs)
+        z = (action - mean) * torch.exp(-log_std)
+        return (-0.5 * z.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+
+
+class Critic(nn.Module):
+    """Independent Q(s, a) networks, their values stacked on dim 0: (n_critics, n)."""
+
+    def __init__(self, obs_dim: int, action_dim: int, hidden: int, n_critics: int = 2):
+        super().__init__()
+        self.nets = nn.ModuleList(mlp(obs_dim + action_dim, hidden, 1) for _ in range(n_critics))
+
+    def forward(self, obs: Tensor, action: Tensor) -> Tensor:
+        x = torch.cat([obs, action], -1)
+        return torch.stack([net(x).squeeze(-1) for net in self.nets])
+
+
+class Agent(nn.Module):
+    """IQL: values that never ask for an action outside the data, and the policy extracted from them."""
+
+    algorithm = "iql"  # scripts with the same one share their offline.pt
+
+    def __init__(self, obs_dim: int, action_dim: int, args: Args):
+        super().__init__()
+        self.args = args
+        self.actor = GaussianActor(obs_dim, action_dim, args.hidden, args.dropout)
+        self.critic = Critic(obs_dim, action_dim, args.hidden)
+        self.value = mlp(obs_dim, args.hidden, 1)
+        self.trained = list(self.parameters())
+        self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        self.sources, self.targets = list(self.critic.parameters()), list(self.target_critic.parameters())
+        cuda = self.trained[0].is_cuda
+        self.optimizer = torch.optim.Adam(self.trained, args.learning_rate, fused=True, capturable=cuda)
+
+    def loss(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        args, obs, action = self.args, batch["obs"], batch["action"]
+        with torch.no_grad():
+            target_q = self.target_critic(obs, action).amin(0)
+            next_v = self.value(batch["next_obs"]).squeeze(-1)
+
+        # V: upper expectile of Q over the data's actions (Eq. 5)
+        advantage = target_q - self.value(obs).squeeze(-1)
+        asymmetry = (args.expectile - (advantage < 0).to(advantage.dtype)).abs()
+        value_loss = (asymmetry * advantage.square()).mean()
+
+        # Q: backup through V, never through an action outside the data (Eq. 6) [D1]
+        backup = batch["reward"] + args.gamma * (1 - batch["terminated"]) * next_v
+        critic_loss = (self.critic(obs, action) - backup).square().mean()
+
+        # Policy: the data's actions, each weighted by its exponential advantage (Eq. 7) [D1]
+        weight = torch.exp(args.beta * advantage.detach()).clamp(max=100)
+        actor_loss = -(weight * self.actor.log_prob(obs, action)).mean()
+        return {"value_loss": value_loss, "critic_loss": critic_loss, "actor_loss": actor_loss}
+
+    def update(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """One gradient step of all networks on a batch of `ReplayBuffer.sample`; returns detached scalars."""
+        self.actor.train()
+        losses = self.loss(batch)
+        self.optimizer.zero_grad()
+        sum(losses.values()).backward()  # the networks are disjoint: one backward, one step
+        self.optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(self.targets, self.sources, self.args.tau)
+        return {name: loss.detach() for name, loss in losses.items()}
+
+    @torch.no_grad()
+    def act(self, obs: np.ndarray, t: int = 0, noise: float = 0.0) -> np.ndarray:
+        """Action in [-1, 1] at step t of an episode: the mean, plus `noise` times the policy's own noise."""
+        mean, log_std = self.actor.eval()(torch.from_numpy(obs).to(self.trained[0].device))
+        action = mean + noise * torch.exp(log_std) * torch.randn_like(mean) if noise else mean
+        return action.clamp(-1, 1).cpu().numpy()
+
+    def get_extra_state(self) -> dict:  # part of state_dict
+        return self.optimizer.state_dict()
+
+    def set_extra_state(self, state: dict) -> None:
+        self.optimizer.load_state_dict(state)
+
+
+class NormCritic(Critic):
+    """Critic with LayerNorm before each ReLU [D3]."""
+
+    def __init__(self, obs_dim: int, action_dim: int, hidden: int, n_critics: int = 2):
+        super().__init__(obs_dim, action_dim, hidden, n_critics)
+        for i, net in enumerate(self.nets):
+            first, relu, second, _, last = net
+            self.nets[i] = nn.Sequential(first, nn.LayerNorm(hidden), relu, second, nn.LayerNorm(hidden), relu, last)
+
+
+class Explorer(Agent):
+    """SAC (Haarnoja et al. 2018) at a fixed temperature; the policy is tanh(Normal(net(s), exp(log_std))), its log_std
+    the same in every state. The update is Agent's; a value network it has none."""
+
+    algorithm = "sac"
+
+    def __init__(self, obs_dim: int, action_dim: int, args: Args):
+        nn.Module.__init__(self)
+        self.args = args
+        self.actor = GaussianActor(obs_dim, action_dim, args.hidden, dropout=0.0)
+        nn.init.constant_(self.actor.log_std, math.log(args.initial_std))
+        self.critic = NormCritic(obs_dim, action_dim, args.hidden)
+        self.trained = list(self.parameters())
+        self.guide_net = copy.deepcopy(self.actor.net).requires_grad_(False)
+        self.register_buffer("anchor", torch.zeros(()))  # a tensor: read inside CUDA graphs
+        self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        self.sources, self.targets = list(self.critic.parameters()), list(self.target_critic.parameters())
+        cuda = self.trained[0].is_cuda
+        self.optimizer = torch.optim.Adam(self.trained, args.learning_rate, fused=True, capturable=cuda)
+
+    def warm_start(self, guide: Agent, buffer: ReplayBuffer) -> None:
+        """Take over the guide's mean action; fit the critics to the guide's on the dataset [D3]."""
+        for net in (self.guide_net, self.actor.net):
+            torch._foreach_copy_([p.data for p in net.parameters()], [p.data for p in guide.actor.net.parameters()])
+        for _ in tqdm(range(self.args.warm_start_steps), "warm start"):
+            batch = buffer.sample(self.args.batch_size, 0.0)
+            q = guide.target_critic(batch["obs"], batch["action"])
+            self.optimizer.zero_grad()
+            (self.critic(batch["obs"], batch["action"]) - q).square().mean().backward()
+            self.optimizer.step()
+        self.target_critic.load_state_dict(self.critic.state_dict())
+        self.anchor.fill_(self.args.anchor * (self.args.gate != "open"))
+
+    def sample(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        """An action (n, action_dim) and its log-probability (n,)."""
+        mean, log_std = self.actor.net(obs), self.actor.log_std.clamp(-5, 2)
+        z = torch.randn_like(mean)
+        u = mean + torch.exp(log_std) * z
+        log_slope = 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))  # log of tanh'(u)
+        return torch.tanh(u), (-0.5 * z.square() - log_std - 0.5 * math.log(2 * math.pi) - log_slope).sum(-1)
+
+    def loss(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        args, obs = self.args, batch["obs"]
+
+        # Q: backup through the policy's own next action and its entropy
+        with torch.no_grad():
+            next_action, next_log_prob = self.sample(batch["next_obs"])
+            next_v = self.target_critic(batch["next_obs"], next_action).amin(0) - args.temperature * next_log_prob
+            backup = batch["reward"] + args.gamma * (1 - batch["terminated"]) * next_v
+        critic_loss = (self.critic(obs, batch["action"]) - backup).square().mean()
+
+        # Policy: the lower Q of critics held fixed, the entropy, and closeness to the guide [D8]
+        action, log_prob = self.sample(obs)
+        frozen = {name: p.detach() for name, p in self.critic.named_parameters()}
+        q = torch.func.functional_call(self.critic, frozen, (obs, action)).amin(0)
+        distance = (action - torch.tanh(self.guide_net(obs))).square().mean(-1)
+        actor_loss = (args.temperature * log_prob - q + self.anchor * q.detach().abs().mean() * distance).mean()
+        return {"critic_loss": critic_loss, "actor_loss": actor_loss}
+
+    @torch.no_grad()
+    def act(self, obs: np.ndarray, t: int = 0, noise: float = 0.0) -> np.ndarray:
+        """Action in [-1, 1]: the tanh of the mean, or a sample where there is `noise`."""
+        obs = torch.from_numpy(obs).to(self.trained[0].device)
+        return (self.sample(obs)[0] if noise else torch.tanh(self.actor.net(obs))).cpu().numpy()
+
+
+def bounds(sample: list[float], reference: list[float], confidence: float) -> tuple[float, float, float]:
+    """Difference of two means, its lower and its upper bound, each with this confidence [D5]."""
+    from scipy.special import stdtrit  # quantile of Student's t; here, so that all scripts import the same on top
+
+    n, m = len(sample), len(reference)
+    if min(n, m) < 2:
+        return 0.0, -math.inf, math.inf
+    own, other = np.var(sample, ddof=1), np.var(reference, ddof=1)
+    variance = max(own, ((n - 1) * own + (m - 1) * other) / (n + m - 2)) * (1 / n + 1 / m)
+    estimate, half = np.mean(sample) - np.mean(reference), stdtrit(n + m - 2, confidence) * math.sqrt(variance)
+    return float(estimate), float(estimate - half), float(estimate + half)
+
+
+def features(t, value) -> np.ndarray:
+    """What V_guide(s, t) is linear in [D4]; t and IQL's V may be arrays."""
+    return np.stack([np.ones_like(value), t / 1000, value, value * t / 1000], -1)
+
+
+class Gate:
+    """The share of an episode that the explorer gets, 0 to 1, from what earlier episodes returned. All in points of
+    normalised score. Each attribute but `args` and `task` is a number or a list: the whole state."""
+
+    def __init__(self, args: Args, task: Task):
+        self.args, self.task = args, task
+        self.warm = False  # the guide has acted enough for updates and decisions
+        self.level, self.trial = 0.0, 0.0  # what is deployed, what acts in the next training episode [D6]
+        self.notch, self.wait, self.patience = 0.2, 0, 1  # next step up; episodes until it; wait after a refutation
+        self.length, self.guide = 0.0, []  # median length and the [values, gains] of the guide's latest episodes
+        self.results = []  # [return, return from the switch on, switch, value there] of episodes at `trial`
+        self.confirmed = [[0.0, 0.0]]  # [level, lower bound] of what has opened
+
+    def state_dict(self) -> dict:
+        return {name: value for name, value in vars(self).items() if name not in ("args", "task")}
+
+    def load_state_dict(self, state: dict) -> None:
+        vars(self).update(state)
+
+    def switch_step(self, level: float) -> int:
+        return int((1 - level) * self.length + 1e-6) if self.args.switch == "horizon" else 0
+
+    def explores(self, t: int, level: float, offset: float = 0.5) -> bool:
+        """Whether the explorer acts at step t; `offset` in [0, 1) shifts which segments are its own."""
+        if self.args.switch == "horizon":
+            return level > 0 and t >= self.switch_step(level)
+        segment = t // max(self.length // 20, 1)
+        return (offset + 0.618034 * segment) % 1 < level  # golden ratio: any stretch has about a share `level`
+
+    def act(self, guide: nn.Module, explorer: nn.Module, obs: np.ndarray, t: int) -> np.ndarray:
+        """The deployed policy."""
+        return (explorer if self.explores(t, self.level) else guide).act(obs)
+
+    def next_level(self) -> float:
+        """Level of the next training episode: where a trial stays undecided, the guide's sample grows as well."""
+        compared = self.args.gate == "confidence" and self.trial > self.level and len(self.results) > len(self.guide)
+        return 0.0 if compared else self.trial
+
+    def samples(self) -> dict[str, tuple[list[float], list[float]]]:
+        """Results of the explorer and of the guide, by each estimator, of the episodes that reached the switch [D4]."""
+        g = [np.cumsum(gains[::-1])[::-1] for _, gains in self.guide]
+        x = [features(np.arange(len(values)), np.array(values)) for values, _ in self.guide]
+        switch, pairs = self.switch_step(self.trial), []
+        reached = [i for i in range(len(g)) if len(g[i]) > switch]
+        for k in (2, 4):  # without and with IQL's V: after few episodes it may only add noise
+            gram = np.stack([a[:, :k].T @ a[:, :k] for a in x])
+            moment = np.stack([a[:, :k].T @ b for a, b in zip(x, g, strict=True)])
+            weights = np.linalg.pinv(gram.sum(0), 1e-9, hermitian=True) @ moment.sum(0)
+            inverse = np.linalg.pinv(gram.sum(0) - gram, 1e-9, hermitian=True)
+            left_out = np.einsum("mij,mj->mi", inverse, moment.sum(0) - moment)  # each from all episodes but its own
+            errors = [g[i][switch] - x[i][switch, :k] @ left_out[i] for i in reached]
+            pairs.append(([tail - features(t, value)[:k] @ weights for _, tail, t, value in self.results], errors))
+        returns = [row[0] for row in self.results], [g[i][0] for i in reached]
+        return {"advantage": min(pairs, key=lambda pair: np.var(pair[1])), "returns": returns}
+
+    def end(self, step: int, level: float, values: list[float], gains: list[float]) -> dict[str, float]:
+        """Take in an episode acted at `level` (a step each: IQL's V in `values`, the reward or whether the goal is
+        reached in `gains`), decide who acts next, and return what to log."""
+        if self.task.domain in GOAL_DOMAINS:
+            gains = np.diff(np.maximum.accumulate(gains), prepend=0)  # the first success counts, once
+        gains = [float(gain) * 100 / (self.task.ref_max - self.task.ref_min) for gain in gains]
+        switch = self.switch_step(level)
+        if level == 0:
+            self.guide = [*self.guide, [values, gains]][-30:]
+            self.length = float(np.median([len(values) for values, _ in self.guide]))
+        elif len(gains) > switch:  # an episode that ended before says nothing about the explorer
+            self.results = [*self.results, [sum(gains), sum(gains[switch:]), switch, values[switch]]][-10:]
+        self.warm = self.warm or (step >= self.args.warmup_steps and len(self.guide) >= 3)
+        log, estimates, decision = {"trial": level, "switch_step": switch}, (0.0, -math.inf, math.inf), 0
+        reference, confidence = (
+            max(bound for opened, bound in self.confirmed if opened <= self.trial),
+            self.args.confidence,
+        )
+        if self.warm and len(self.results) >= 2:
+            pairs = self.samples()
+            log |= {f"width_{name}": np.ptp(bounds(*pair, confidence)[1:]) for name, pair in pairs.items()}
+            sample, guide = pairs[self.args.estimator]
+            (estimate, lower, _), (recent, _, upper) = (
+                bounds(sample, guide, confidence),
+                bounds(sample[-4:], guide, confidence),
+            )
+            estimates = recent if upper < -self.args.tolerance else estimate, lower, upper
+            base = self.task.score(0.0) + np.mean([sum(gains) for _, gains in self.guide])
+            named = {"estimate": estimate, "lower": lower, "upper": upper, "reference": reference}
+            log |= {name: base + value for name, value in named.items()} | {
+                "calibration": np.mean(pairs["advantage"][1])
+            }
+        if self.warm:
+            decision = self.decide(*estimates, reference)
+        log |= {"level": self.level, "decision": decision}
+        return {f"gate/{name}": value for name, value in log.items()}
+
+    def decide(self, estimate: float, lower: float, upper: float, reference: float) -> int:
+        """Set `level` and the next `trial`; 1: opened, -1: refuted or closed, 0: neither."""
+        args, before = self.args, self.trial
+        if args.gate in ("open", "closed", "random"):  # random: Jump Start's, any switching step, the explorer deployed
+            self.level = float(args.gate != "closed")
+            self.trial = random.random() if args.gate == "random" else self.level
+            return 0
+        if args.gate == "curriculum":  # Jump Start's: ten stages, on when an average of five or more is near the best
+            near = len(self.results) >= 5 and estimate >= max(bound for _, bound in self.confirmed) - args.tolerance
+            opens = self.level == 0 or (near and self.level < 1)
+            if opens:
+                self.confirmed.append([self.level, estimate])
+                self.level = self.trial = round(self.level + 0.1, 6)
+                self.results = []
+            return int(opens)
+        opens = self.trial > self.level and lower > reference - args.tolerance
+        refuted = self.trial > 0 and upper < -args.tolerance
+        if refuted:
+            if self.trial == self.level:  # to where the loss is tolerated, if it is in proportion to the level [D7]
+                share = math.floor(10 * self.level * args.tolerance / -estimate) / 10
+                self.level = max(min(share, round(self.level - 0.1, 6)), 0.0)
+            self.trial, self.notch = self.level, max(self.notch / 2, 0.1)
+            self.wait, self.patience = self.patience, math.ceil(1.5 * self.patience)
+        elif opens:
+            self.level, self.notch, self.wait = self.trial, 2 * self.notch, 0
+            self.patience = max(math.floor(self.patience / 1.5), 1)
+            self.confirmed.append([self.level, lower])
+        elif self.trial == self.level:
+            self.wait -= 1
+        if self.trial == self.level < 1 and self.wait <= 0:
+            self.trial = min(round(self.level + self.notch, 6), 1.0)
+        if self.trial != before:
+            self.results = []
+        return opens - refuted
+
+
+def run_updates(agent: nn.Module, buffer: ReplayBuffer, n: int, online_share: float | None = None) -> dict[str, Tensor]:
+    for _ in range(n):
+        losses = agent.update(buffer.sample(agent.args.batch_size, online_share))
+    return losses
+
+
+class CudaGraph:
+    """`fn` as one captured graph: called as it is three times (warm-up), then captured, then replayed. A graph freezes
+    Python numbers and addresses: after a change of batch size, loss weight or optimiser storage, make a new one. What
+    it returns is overwritten by the next replay."""
+
+    def __init__(self, fn):
+        self.fn, self.calls, self.graph, self.stream = fn, 0, torch.cuda.CUDAGraph(), torch.cuda.Stream()
+
+    def __call__(self):
+        self.calls += 1
+        if self.calls <= 3:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                self.result = self.fn()
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return self.result
+        if self.calls == 4:
+            with torch.cuda.graph(self.graph, stream=self.stream):
+                self.result = self.fn()
+        self.graph.replay()
+        return self.result
+
+
+def evaluate(act, env: gym.Env, task: Task, args: Args) -> dict[str, float]:
+    """Mean return (goal tasks: success rate) and score of `act(obs, t)`, over the same seeded episodes each time."""
+    returns = []
+    for episode in range(args.eval_episodes):
+        obs, _ = env.reset(seed=1_000_000 + 1_000 * args.seed + episode)
+        t, total, success, over = 0, 0.0, False, False
+        while not over:
+            obs, reward, terminated, truncated, info = env.step(act(obs, t))
+            t, total, success = t + 1, total + reward, success or bool(info.get("success"))
+            over = terminated or truncated
+        returns.append(success if task.domain in GOAL_DOMAINS else total)
+    return {"return": float(np.mean(returns)), "normalized_score": task.score(float(np.mean(returns)))}
+
+
+def degradation(offline_score: float, steps: list[int], scores: list[float]) -> dict:
+    """What fine-tuning cost and gained over the online evaluations; the formulas are in README.md."""
+    drops = [max(offline_score - score, 0.0) for score in scores]
+    gains = [step for i, step in enumerate(steps[:-2]) if min(scores[i : i + 3]) > offline_score + 10]
+    return {
+        "offline_score": offline_score,
+        "final_score": scores[-1],
+        "lowest_score": min(scores),
+        "drop": max(drops),
+        "degradation_area": sum(drops) / len(drops),
+        "regret": min(max(1 - sum(scores) / len(scores) / 100, 0.0), 1.0),
+        "steps_to_gain": min(gains, default=None),
+    }
+
+
+def save_file(path: Path, content: dict) -> None:
+    """Written under a temporary name, flushed to the disk and renamed: whole or not there."""
+    with open(path.with_suffix(".part"), "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path.with_suffix(".part"), path)
+
+
+def load_file(path: Path, **expected) -> dict:
+    """A file of `save_file`, which must agree with `expected`."""
+    try:
+        content = dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:  # torch, zip and pickle raise whatever the damage leads to
+        fail(f"cannot read {path} ({reason(error)}); give another, or delete it to start anew")
+    for key, value in expected.items():
+        if content.get(key) != value:
+            fail(f"{path} is of another run: {key} is {content.get(key)}, here {value}; start with the same, or anew")
+    return content
+
+
+class Run:
+    """The run folder: args.json, this script, TensorBoard logs, checkpoint.pt, offline.pt, online.pt, summary.json."""
+
+    def __init__(self, args: Args):
+        positive = ("offline_steps", "online_steps", "eval_every", "eval_episodes", "save_every", "utd_ratio")
+        for name in (*positive, "batch_size", "buffer_size", "hidden"):
+            if getattr(args, name) < 1:
+                fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
+        if (args.cuda or args.cuda_graph) and not torch.cuda.is_available():
+            fail("--cuda and --cuda-graph need a CUDA device, and there is none here; leave them out")
+        name = Path(args.env_id).stem if args.env_id.endswith(".hdf5") else args.env_id.replace("/", "_")
+        self.args, self.dir = args, Path(args.run_dir, f"{name}__{args.exp_name}__{args.seed}")
+        if self.dir.exists() and not args.resume:
+            fail(f"{self.dir} exists; continue it with --resume, or give another --exp-name, --seed or --run-dir")
+        self.progress = {"offline_step": 0, "online_step": 0, "episode": 0, "seconds": 0.0, "scores": [], "steps": []}
+        self.stop, self.writers = False, {}
+
+    def start(self, **parts) -> None:
+        """Create the folder; or put `parts`, progress and random generators back to where its checkpoint has them."""
+        settings = {key: value for key, value in asdict(self.args).items() if key != "resume"}
+        self.parts, self.settings, checkpoint = parts, settings, self.dir / "checkpoint.pt"
+        if checkpoint.exists():
+            saved = load_file(checkpoint, **settings)
+            for name, part in parts.items():
+                part.load_state_dict(saved[name])
+            self.progress = saved["progress"]
+            random.setstate(saved["rng"][0])
+            np.random.set_state(saved["rng"][1])
+            torch.set_rng_state(saved["rng"][2])
+            torch.cuda.set_rng_state_all(saved["rng"][3])
+        self.dir.mkdir(parents=True, exist_ok=True)
+        (self.dir / "args.json").write_text(json.dumps(settings, indent=2))
+        shutil.copy(__file__, self.dir)
+        if self.args.track:
+            import wandb
+
+            names = {"project": self.args.wandb_project_name, "entity": self.args.wandb_entity, "name": self.dir.name}
+            wandb.init(**names, config=settings, sync_tensorboard=True)
+        online_step = self.progress["online_step"] if self.progress["steps"] else -1
+        for phase, step in {"offline": self.progress["offline_step"], "online": online_step}.items():
+            self.writers[phase] = SummaryWriter(self.dir / phase, purge_step=step + 1)  # each counts its own steps
+        for number in (signal.SIGTERM, signal.SIGUSR1):  # what SLURM sends before it takes the machine away
+            signal.signal(number, lambda *_: setattr(self, "stop", True))
+        self.began, self.saved_at = time.time() - self.progress["seconds"], self.progress["online_step"]
+
+    def log(self, phase: str, step: int, values: dict, losses: dict[str, Tensor] | None = None) -> None:
+        """TensorBoard scalars at `step`: gradient steps offline, environment steps online, whose scores are kept."""
+        for name, value in (values | {f"losses/{name}": loss for name, loss in (losses or {}).items()}).items():
+            self.writers[phase].add_scalar(
+                name if "/" in name and "losses" not in name else f"{phase}/{name}", value, step
+            )
+        if phase == "online" and "normalized_score" in values:
+            self.progress["steps"].append(step)
+            self.progress["scores"].append(values["normalized_score"])
+
+    def check(self, phase: str, step: int, losses: dict[str, Tensor]) -> None:
+        """Stop at once where a loss is not finite."""
+        if not all(math.isfinite(loss) for loss in losses.values()):
+            bad = ", ".join(f"{name} {float(loss)}" for name, loss in losses.items())
+            fail(f"{phase} step {step}: {bad}; the last good state is {self.dir / 'checkpoint.pt'}, if it is there")
+
+    def save(self) -> None:
+        """Everything that a bit-exact continuation needs; ends the process where a signal has asked for it."""
+        self.progress["seconds"], self.saved_at = time.time() - self.began, self.progress["online_step"]
+        name, keys, *numbers = np.random.get_state()
+        rng = [
+            random.getstate(),
+            (name, keys.tolist(), *numbers),
+            torch.get_rng_state(),
+            torch.cuda.get_rng_state_all(),
+        ]
+        parts = {name: part.state_dict() for name, part in self.parts.items()}
+        save_file(self.dir / "checkpoint.pt", self.settings | parts | {"progress": self.progress, "rng": rng})
+        if self.stop:
+            print(f"stopped and saved; continue with: {' '.join(['python', *sys.argv, '--resume'])}")
+            sys.exit(0)
+
+    def finish(self, task: Task, **more) -> dict:
+        """Save the end, write summary.json and return it."""
+        self.stop = False
+        self.save()
+        args, seconds, here = self.args, self.progress["seconds"], Path(__file__).parent
+        commit = subprocess.run(
+            ["git", "rev-parse", "--verify", "-q", "HEAD"], cwd=here, capture_output=True, text=True
+        )
+        summary = {name: getattr(args, name) for name in ("env_id", "seed", "offline_steps", "online_steps")}
+        summary |= {"algorithm": args.exp_name, "dataset_id": task.dataset_id, "eval_env": task.env_spec.id}
+        summary |= (
+            degradation(*(self.progress[key] for key in ("offline_score", "steps", "scores")))
+            | more
+            | {"seconds": seconds}
+        )
+        summary |= {"updates_per_second": (args.offline_steps + args.online_steps * args.utd_ratio) / seconds}
+        summary |= {"versions": {name: version(name) for name in ("torch", "gymnasium", "mujoco", "minari", "numpy")}}
+        summary |= {"device": "cuda" if args.cuda else "cpu", "commit": commit.stdout.strip() or None}
+        (self.dir / "summary.json").write_text(json.dumps(summary, indent=2))
+        print(json.dumps(summary, indent=2))
+        return summary
+
+
+def train(args: Args) -> dict:
+    """The whole run; returns what it writes to summary.json."""
+    # ---- setup ----
+    run = Run(args)
+    task = load_task(args)
+    print(
+        "  ".join(
+            f"{name} {getattr(args, name)}" for name in args.domain_values["any"] | args.domain_values[task.domain]
+        )
+    )
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic CUDA kernels need
+    torch.use_deterministic_algorithms(args.torch_deterministic)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # one core a run, so that seeds run side by side
+    torch.set_float32_matmul_precision(args.matmul_precision)
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    device = torch.device("cuda" if args.cuda else "cpu")
+    buffer = ReplayBuffer(task.data, min(args.buffer_size, args.online_steps), device)
+    with device:
+        agent = Agent(task.data["obs"].shape[1], task.data["action"].shape[1], args)
+        learner = {"sac": Explorer, "iql": Agent}[args.explorer]
+        explorer = learner(task.data["obs"].shape[1], task.data["action"].shape[1], args)
+    gate = Gate(args, task)
+    identity = {"algorithm": agent.algorithm, "dataset_id": task.dataset_id, "hidden": args.hidden}
+    pretrained = load_file(Path(args.offline_checkpoint), **identity) if args.offline_checkpoint else None
+    args.offline_steps = pretrained["offline_steps"] if pretrained else args.offline_steps
+    run.start(agent=agent, buffer=buffer, explorer=explorer, gate=gate)
+    progress, eval_env = run.progress, task.make_env(run.dir / "videos" if args.capture_video else None)
+
+    # ---- offline ----
+    if pretrained and not progress["offline_step"]:
+        agent.load_state_dict(pretrained["agent"])
+        progress["offline_step"] = args.offline_steps
+    if args.compile:
+        agent.loss = torch.compile(agent.loss)
+    chunk = math.gcd(50, args.offline_steps, args.eval_every, args.save_every)  # updates per call, or per graph replay
+    update = partial(run_updates, agent, buffer, chunk)
+    update = CudaGraph(update) if args.cuda_graph else update
+    bar = tqdm(range(progress["offline_step"] + chunk, args.offline_steps + 1, chunk), "offline", unit_scale=chunk)
+    for step in bar:
+        losses = update()
+        run.check("offline", step, losses)
+        progress["offline_step"] = step
+        if step % args.eval_every == 0 or step == args.offline_steps:
+            result = evaluate(agent.act, eval_env, task, args)
+            run.log("offline", step, result, losses)
+            bar.set_postfix(score=f"{result['normalized_score']:.1f}")
+        if run.stop or step % args.save_every == 0:
+            run.save()
+    if not progress["steps"]:  # not where a resumed run is online already
+        save_file(run.dir / "offline.pt", identity | {"offline_steps": args.offline_steps, "agent": agent.state_dict()})
+        progress["offline_score"] = evaluate(agent.act, eval_env, task, args)["normalized_score"]
+        torch.manual_seed(args.seed)  # online as a run that starts from this offline.pt
+
+    # ---- online ----
+    guide = copy.deepcopy(agent).requires_grad_(False)  # [D1]
+    if args.compile:
+        explorer.loss = torch.compile(explorer.loss)
+    env, update = task.make_env(), partial(run_updates, explorer, buffer, args.utd_ratio, 0.5)  # [D3]
+    update = CudaGraph(update) if args.cuda_graph else update
+    deployed = partial(gate.act, guide, explorer)
+    if not progress["steps"]:
+        if args.warm_start and args.explorer == "iql":
+            explorer.load_state_dict(copy.deepcopy(agent.state_dict()))
+        elif args.warm_start:
+            explorer.warm_start(guide, buffer)
+        alone = evaluate(explorer.act, eval_env, task, args)["normalized_score"]
+        run.log("online", 0, evaluate(deployed, eval_env, task, args) | {"learner_score": alone})
+    over, began, first = True, time.time(), progress["online_step"] + 1
+    bar = tqdm(range(first, args.online_steps + 1), "online")
+    for step in bar:
+        if over:
+            (obs, _), episode_return = env.reset(seed=1_000 * args.seed + progress["episode"]), 0.0
+            level, offset, trail = gate.next_level(), random.random(), []
+        explores = gate.explores(len(trail), level, offset)
+        action = explorer.act(obs, noise=1.0) if explores else guide.act(obs)
+        losses = update() if gate.warm else {}  # launched before the environment steps: a GPU works meanwhile
+        next_obs, reward, terminated, truncated, info = env.step(action)
+        buffer.add(obs, action, next_obs, task.transform_reward(reward), terminated)
+        trail.append((obs, bool(info.get("success")) if task.domain in GOAL_DOMAINS else reward, explores))
+        obs, over, episode_return = next_obs, terminated or truncated, episode_return + reward
+        run.check("online", step, losses)
+        progress["online_step"] = step
+        if step % args.eval_every == 0 or step == args.online_steps:
+            result = evaluate(deployed, eval_env, task, args)
+            alone = result if gate.level == 1 else evaluate(explorer.act, eval_env, task, args)
+            result |= {"learner_score": alone["normalized_score"]}
+            run.log("online", step, result | {"charts/SPS": (step + 1 - first) / (time.time() - began)}, losses)
+            bar.set_postfix(score=f"{result['normalized_score']:.1f}", level=gate.level)
+        if over:
+            states, gains, explored = zip(*trail, strict=True)
+            values = guide.value(torch.from_numpy(np.stack(states)).to(device)).squeeze(-1).tolist()
+            decided = gate.end(step, level, values, gains) | {"gate/explorer_share": np.mean(explored)}
+            run.log("online", step, {"episodic_return": episode_return} | decided)
+            if args.explorer == "sac" and args.warm_start and gate.warm:  # [D8]
+                explorer.anchor.lerp_(torch.tensor(args.anchor * (1 - gate.level), device=device), 0.2)
+            progress["episode"] += 1
+            if run.stop or step - run.saved_at >= args.save_every:
+                run.save()
+
+    # ---- finish ----
+    save_file(run.dir / "online.pt", identity | {"agent": agent.state_dict(), "explorer": explorer.state_dict()})
+    return run.finish(task)
+
+
+if __name__ == "__main__":
+    train(tyro.cli(Args, description=__doc__))

@@ -1,0 +1,306 @@
+"""jsrl_gated.py: the explorer's losses and warm start by hand, and every decision of the gate."""
+
+import copy
+import math
+from itertools import cycle
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import jsrl_gated as jsrl
+
+TASK = SimpleNamespace(domain="locomotion", ref_min=0.0, ref_max=100.0, score=lambda r: r)
+GUIDE = (49, 50, 51, 50, 50)
+
+
+def make_gate(task=TASK, **args) -> jsrl.Gate:
+    return jsrl.Gate(jsrl.Args(**{"warmup_steps": 50, "estimator": "returns"} | args), task)
+
+
+def play(gate: jsrl.Gate, explorer: list[float], guide=GUIDE, steps: int = 10) -> list[tuple[float, int, float]]:
+    """Episodes until the explorer's scripted returns are used up: (level acted, decision, level after) of each."""
+    guide, explorer, history, step = cycle(guide), list(explorer), [], 0
+    while explorer:
+        level = gate.next_level()
+        total = explorer.pop(0) if level else next(guide)
+        step += steps
+        log = gate.end(step, level, [0.0] * steps, [total / steps] * steps)
+        history.append((level, log["gate/decision"], gate.level))
+    return history
+
+
+def decisions(history) -> list[int]:
+    return [decision for level, decision, _ in history if level]
+
+
+def opened(**args) -> jsrl.Gate:
+    gate = make_gate(**args)
+    play(gate, [60] * 8)
+    assert gate.level == 1
+    return gate
+
+
+# ---- gate ----
+
+
+@pytest.mark.parametrize("shift", [0, -1_000])
+def test_a_better_explorer_opens_in_steps_of_doubled_size_two_episodes_each(shift):
+    history = play(make_gate(), [60 + shift] * 10, [g + shift for g in GUIDE])
+    assert [level for level, _, _ in history][5:] == [0.2, 0.2, 0.6, 0.6, 1, 1, 1, 1, 1, 1]  # five of the guide first
+    assert decisions(history) == [0, 1, 0, 1, 0, 1, 0, 0, 0, 0]
+    assert [level for _, _, level in history][5:] == [0, 0.2, 0.2, 0.6, 0.6, 1, 1, 1, 1, 1]  # confirmed, hence deployed
+
+
+@pytest.mark.parametrize("shift", [0, -1_000])
+def test_a_collapse_closes_within_three_episodes(shift):
+    gate = make_gate()
+    history = play(gate, [60 + shift] * 10 + [shift] * 3, [g + shift for g in GUIDE])
+    assert decisions(history)[-3:] == [0, 0, -1] and gate.level == 0 and gate.trial == 0 and gate.wait == 1
+
+
+def test_a_small_loss_closes_part_of_the_way():
+    gate = opened()
+    play(gate, [44] * 6)  # 6 points lost, 2 tolerated: a third
+    assert 0 < gate.level <= 0.4
+
+
+def test_high_variance_decides_nothing():
+    gate = make_gate()
+    assert decisions(play(gate, [20, 90, 10, 95, 15, 90])) == [0] * 6 and gate.level == 0
+
+
+def test_ties_open():
+    gate = make_gate()
+    assert decisions(play(gate, [50] * 6, [50])) == [0, 1, 0, 1, 0, 1] and gate.level == 1
+
+
+def test_one_outlier_neither_closes_nor_opens():
+    gate = opened()
+    assert not any(decisions(play(gate, [0, 60, 60, 60, 60]))) and gate.level == 1
+    gate = make_gate()
+    assert not any(decisions(play(gate, [200, 40, 40]))) and gate.level == 0
+
+
+def test_a_refuted_trial_leaves_the_deployed_level_and_comes_back_later_and_smaller():
+    gate = make_gate()
+    history = play(gate, [60, 60, 20, 20, 60, 60, 60])
+    assert decisions(history) == [0, 1, 0, -1, 0, 0, 1]
+    assert [level for level, _, _ in history][5:] == [0.2, 0.2, 0.6, 0.6, 0.2, 0.4, 0.4]
+    assert [level for _, _, level in history][6:] == [0.2] * 5 + [0.4]  # deployed all along
+
+
+def test_a_dead_explorer_settles_closed():
+    gate, waits, acted = make_gate(), [], []
+    for _ in range(60):
+        before = gate.patience
+        acted.append(play_one(gate, dead=True) > 0)
+        waits += [gate.patience] if gate.patience > before else []
+    assert gate.level == 0 and waits == sorted(waits) and waits[-1] > 8
+    assert sum(acted) <= 15 and sum(acted[30:]) <= 4  # rarer and rarer, but it is asked again
+    assert sum(acted[20:]) > 0
+
+
+def play_one(gate: jsrl.Gate, dead: bool) -> float:
+    level, rng = gate.next_level(), np.random.default_rng(len(gate.guide))
+    total = 50 * (1 - level) if level and dead else 50 + rng.normal()
+    gate.end(1_000_000 if len(gate.guide) >= 4 else 0, level, [0.0] * 10, [total / 10] * 10)
+    return level
+
+
+def test_reference_only_rises():
+    gate, before = make_gate(), 0.0
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        play(gate, [rng.normal(55, 8)])
+        best = max(bound for _, bound in gate.confirmed)
+        assert best >= before
+        before = best
+    assert before > 0
+
+
+def returns_only(gate: jsrl.Gate) -> dict:
+    pair = [row[0] for row in gate.results], [sum(gains) for _, gains in gate.guide]
+    return {"returns": pair, "advantage": pair}
+
+
+@pytest.mark.parametrize("loss, sd", [(0, 2), (-5, 5), (10, 5), (30, 8)])  # points worse than the guide
+def test_stationary_explorers_in_1000_gates(loss, sd, monkeypatch):
+    """No worse than the guide: open in the end. Worse by more than the tolerance: not, with the stated confidence."""
+    rng, at_end = np.random.default_rng(0), []
+    monkeypatch.setattr(jsrl.Gate, "samples", returns_only)
+    for _ in range(250):
+        gate = make_gate()
+        for episode in range(120):
+            level = gate.next_level()
+            gate.end(10 * (episode + 1), level, [0.0], [rng.normal(50 - level * loss, sd)])
+        at_end.append(gate.level)
+    print(loss, sd, np.mean(np.array(at_end) == 1), np.mean(at_end))
+    if loss <= 0:
+        assert np.mean(np.array(at_end) == 1) > 0.9
+    else:
+        assert np.mean(np.array(at_end) == 1) < 1 - gate.args.confidence
+
+
+def test_switch_steps_follow_the_guides_own_episodes():
+    gate = make_gate(warmup_steps=10_000)
+    for length in (180, 200, 1_000):
+        gate.end(length, 0.0, [0.0] * length, [1.0] * length)
+    assert [gate.switch_step(level) for level in (0.1, 0.5, 1)] == [180, 100, 0]
+    assert [t for t in range(1_000) if gate.explores(t, 0.5)] == list(range(100, 1_000))
+    assert not any(gate.explores(t, 0.0) for t in range(1_000))
+
+
+def test_random_switching_gives_each_its_share():
+    gate = make_gate(switch="random")
+    gate.length = 1_000.0
+    acts = [gate.explores(t, 0.3, 0.1) for t in range(1_000)]
+    assert abs(np.mean(acts) - 0.3) <= 0.05 and all(len(set(acts[i : i + 50])) == 1 for i in range(0, 1_000, 50))
+    assert all(gate.explores(t, 1.0) for t in range(1_000)) and not any(gate.explores(t, 0.0) for t in range(1_000))
+
+
+def test_advantage_cancels_what_the_guide_did_before_the_switch():
+    """Half of the guide's noise is before the switch, and what comes after is foretold by V; no bias from either."""
+    rng, gate, widths, errors = np.random.default_rng(0), make_gate(estimator="advantage", warmup_steps=10_000), [], []
+    for episode in range(40):
+        level, luck = gate.next_level(), rng.normal(0, 5, 2)
+        switch = gate.switch_step(level)
+        gains = np.repeat((25 + luck) / 5, 5) + rng.normal(0, 0.1, 10)
+        gains[switch:] += level
+        values = np.repeat([luck[1], luck[1]], 5)
+        log = gate.end(1_000 * (episode + 1), level, values.tolist(), gains.tolist())
+        if "gate/width_advantage" in log and level < 1:
+            widths.append(log["gate/width_advantage"] / log["gate/width_returns"])
+            errors.append(log["gate/calibration"])
+    assert len(widths) >= 2 and np.mean(widths) < 0.8 and np.abs(errors).max() < 2
+
+
+def test_goal_tasks_count_the_first_success_once():
+    gate = make_gate(SimpleNamespace(domain="antmaze", ref_min=0.0, ref_max=1.0, score=lambda r: 100 * r))
+    gate.end(1, 0.0, [0.0] * 5, [0.0, 0.0, 1.0, 0.0, 1.0])
+    assert gate.guide[0][1] == [0, 0, 100, 0, 0]
+
+
+def test_bounds():
+    estimate, lower, upper = jsrl.bounds([3.0, 5.0], [0.0, 2.0], 0.9)  # both variances 2, two degrees of freedom
+    assert (estimate, upper - estimate, estimate - lower) == pytest.approx((3, 1.885618 * math.sqrt(2), upper - 3))
+    assert jsrl.bounds([3.0], [0.0, 2.0], 0.9) == (0, -math.inf, math.inf)
+
+
+def test_gate_kinds():
+    for kind, level in {"open": 1, "closed": 0, "random": 1}.items():
+        gate = make_gate(gate=kind)
+        for step in range(8):
+            gate.end(20 * step, gate.next_level(), [0.0] * 10, [5.0] * 10)
+        assert gate.level == level and (0 < gate.trial < 1 if kind == "random" else gate.trial == level)
+    gate = make_gate(gate="curriculum")
+    levels = [level for level, _, _ in play(gate, [52] * 10 + [30] * 15)]
+    assert levels == [0] * 5 + [0.1] * 5 + [0.2] * 5 + [0.3] * 15  # stays where it gets worse, and never closes
+
+
+def test_gate_state_is_complete_and_loads_weights_only(tmp_path):
+    gate = make_gate()
+    play(gate, [60, 61, 20, 25, 60])
+    torch.save(gate.state_dict(), tmp_path / "gate.pt")
+    other = make_gate()
+    other.load_state_dict(torch.load(tmp_path / "gate.pt", weights_only=True))
+    script = [60, 40, 70, 55, 30, 20, 80, 60]
+    assert play(gate, script) == play(other, script) and gate.state_dict() == other.state_dict()
+
+
+# ---- explorer ----
+
+
+def make_agents(**args) -> tuple[jsrl.Agent, jsrl.Explorer, jsrl.ReplayBuffer]:
+    args = jsrl.Args(**{"hidden": 16, "dropout": 0.1, "warm_start_steps": 3, "batch_size": 8} | args)
+    agent, explorer = jsrl.Agent(3, 2, args), jsrl.Explorer(3, 2, args)
+    shapes = {"obs": (20, 3), "action": (20, 2), "next_obs": (20, 3)} | dict.fromkeys(("reward", "return_to_go"), 20)
+    data = {key: np.random.uniform(-1, 1, shape).astype(np.float32) for key, shape in shapes.items()}
+    buffer = jsrl.ReplayBuffer(data | {"terminated": np.zeros(20, np.float32)}, 10, torch.device("cpu"))
+    return agent, explorer, buffer
+
+
+def test_warm_start_acts_as_the_guide_and_values_as_the_guide():
+    agent, explorer, buffer = make_agents(warm_start_steps=400, learning_rate=3e-3)
+    explorer.warm_start(agent, buffer)
+    for _ in range(5):
+        obs = np.random.normal(size=3).astype(np.float32)
+        np.testing.assert_array_equal(explorer.act(obs), agent.act(obs))
+        assert (explorer.act(obs, noise=1.0) != explorer.act(obs)).all()
+    batch = buffer.sample(20, 0.0)
+    q, guide_q = (c(batch["obs"], batch["action"]) for c in (explorer.target_critic, agent.target_critic))
+    assert (q - guide_q).abs().max() < 0.5 * guide_q.std()
+
+
+def test_updates_leave_the_guide_alone_and_move_the_target_by_tau():
+    agent, explorer, buffer = make_agents(tau=0.1)
+    guide = copy.deepcopy(agent).requires_grad_(False)
+    explorer.warm_start(guide, buffer)
+    before, target = copy.deepcopy(list(guide.parameters())), copy.deepcopy(explorer.targets)
+    net = copy.deepcopy(explorer.guide_net)
+    explorer.update(buffer.sample(8, 0.0))
+    assert all(torch.equal(a, b) for a, b in zip(guide.parameters(), before, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), explorer.guide_net.parameters(), strict=True))
+    for old, new, source in zip(target, explorer.targets, explorer.sources, strict=True):
+        torch.testing.assert_close(new, old + 0.1 * (source - old))
+    assert not torch.equal(explorer.actor.net[0].weight, net[0].weight)
+
+
+class TwoQ(torch.nn.Module):
+    """Q1 = a * w, Q2 = a * w + 1, of the first action dimension."""
+
+    def __init__(self, w: float):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.tensor(w))
+
+    def forward(self, obs, action):
+        q = self.w * action[:, 0]
+        return torch.stack([q, q + 1])
+
+
+def test_sac_losses_by_hand(monkeypatch):
+    """Two rows; noise 0, so that the action is tanh(mean) = 0.5 and log pi is known."""
+    args = jsrl.Args(hidden=4, dropout=0.0, gamma=0.5, temperature=0.1, initial_std=1.0)
+    explorer = jsrl.Explorer(1, 1, args)
+    for p in explorer.actor.net.parameters():
+        p.data.zero_()
+    explorer.actor.net[-1].bias.data.fill_(math.atanh(0.5))
+    explorer.critic, explorer.target_critic = TwoQ(2.0), TwoQ(4.0).requires_grad_(False)
+    monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
+    batch = {
+        "obs": torch.zeros(2, 1), "next_obs": torch.zeros(2, 1), "action": torch.tensor([[0.5], [-0.5]]),
+        "reward": torch.tensor([1.0, 2.0]), "terminated": torch.tensor([0.0, 1.0]),
+    }  # fmt: skip
+    log_pi = -0.5 * math.log(2 * math.pi) - math.log(1 - 0.25)
+    backup = [1 + 0.5 * (min(2.0, 3.0) - 0.1 * log_pi), 2.0]  # the second row is terminal
+    errors = [1.0 - backup[0], -1.0 - backup[1], 2.0 - backup[0], 0.0 - backup[1]]
+    losses = explorer.loss(batch)
+    assert losses["critic_loss"].item() == pytest.approx(sum(e**2 for e in errors) / 4, abs=1e-5)
+    assert losses["actor_loss"].item() == pytest.approx(0.1 * log_pi - 1.0, abs=1e-5)
+
+    explorer.anchor.fill_(0.4)  # a guide that does 0 is 0.5 away; |Q| is 1
+    for p in explorer.guide_net.parameters():
+        p.data.zero_()
+    losses = explorer.loss(batch)
+    assert losses["actor_loss"].item() == pytest.approx(0.1 * log_pi - 1.0 + 0.4 * 0.25, abs=1e-5)
+
+    losses["actor_loss"].backward()
+    assert explorer.critic.w.grad is None  # the policy's loss does not train the critics
+    losses = explorer.loss(batch)
+    explorer.actor.net[-1].bias.grad = None
+    losses["critic_loss"].backward()
+    assert explorer.critic.w.grad is not None and explorer.actor.net[-1].bias.grad is None
+
+
+def test_log_prob_is_that_of_the_squashed_normal():
+    _, explorer, _ = make_agents(initial_std=0.5)
+    action, log_prob = explorer.sample(torch.randn(50, 3, generator=torch.Generator().manual_seed(0)))
+    assert action.abs().max() < 1
+    torch.manual_seed(3)
+    obs = torch.randn(6, 3)
+    torch.manual_seed(4)
+    action, log_prob = explorer.sample(obs)
+    normal = torch.distributions.Normal(explorer.actor.net(obs), torch.exp(explorer.actor.log_std))
+    squashed = torch.distributions.TransformedDistribution(normal, torch.distributions.TanhTransform())
+    torch.testing.assert_close(log_prob, squashed.log_prob(action).sum(-1), rtol=1e-3, atol=1e-3)

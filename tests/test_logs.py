@@ -1,0 +1,142 @@
+"""The run folder, and what is logged into it."""
+
+import fnmatch
+import importlib
+import json
+import math
+import re
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, SCRIPTS, TOY_ID
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import iql_finetune as iql
+
+README = ROOT / "README.md"
+
+
+def run_folder(args: dict, name: str = "iql_finetune") -> Path:
+    return Path(args["run_dir"], f"o2o_toy_medium-v0__{name}__1")
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    found = {}
+    for phase in ("offline", "online"):
+        events = EventAccumulator(str(folder / phase), size_guidance={"scalars": 0})
+        events.Reload()
+        for tag in events.Tags()["scalars"]:
+            assert tag not in found, f"{tag} in two places"
+            found[tag] = [(event.step, event.value) for event in events.Scalars(tag)]
+    return found
+
+
+def test_run_folder(toy_args):
+    iql.train(iql.Args(**toy_args))
+    folder = run_folder(toy_args)
+    assert [path.name for path in Path(toy_args["run_dir"]).iterdir()] == [folder.name]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "args.json", "checkpoint.pt", "iql_finetune.py", "offline", "offline.pt", "online", "online.pt", "summary.json",
+    ]  # fmt: skip
+    assert (folder / "iql_finetune.py").read_text() == (ROOT / "iql_finetune.py").read_text()
+    for phase in ("offline", "online"):
+        assert [path.name.startswith("events") for path in (folder / phase).iterdir()] == [True]
+
+
+def test_scalars_and_their_steps(toy_args):
+    summary = iql.train(iql.Args(**toy_args))
+    found = scalars(run_folder(toy_args))
+    steps = {tag: [step for step, _ in points] for tag, points in found.items()}
+    losses = {"value_loss", "critic_loss", "actor_loss"}
+    assert {tag.split("/")[-1] for tag in found if tag.startswith("offline/losses/")} == losses
+    assert {tag.split("/")[-1] for tag in found if tag.startswith("online/losses/")} == losses
+    for tag in ["offline/normalized_score", "offline/return", "offline/losses/value_loss"]:
+        assert steps[tag] == [20, 40], "offline: gradient steps"
+    assert steps["online/normalized_score"] == [0, 20, 40, 60, 80, 100, 120], "online: environment steps, from 0"
+    assert steps["online/losses/critic_loss"] == [20, 40, 60, 80, 100, 120]
+    assert steps["charts/SPS"] == [20, 40, 60, 80, 100, 120]
+    episodes = steps["online/episodic_return"]
+    assert episodes == sorted(set(episodes)) and all(
+        1 <= b - a <= 50 for a, b in zip([0, *episodes], episodes, strict=False)
+    )
+    assert all(math.isfinite(value) for points in found.values() for _, value in points)
+    assert found["online/normalized_score"][0][1] == found["offline/normalized_score"][-1][1]
+    scores = [value for _, value in found["online/normalized_score"]]
+    assert summary["offline_score"] == pytest.approx(scores[0], rel=1e-5)
+    assert summary["final_score"] == pytest.approx(scores[-1], rel=1e-5)
+    assert summary["lowest_score"] == pytest.approx(min(scores), rel=1e-5)
+
+
+def test_args_json_holds_resolved_values(toy_args, capsys):
+    iql.train(iql.Args(**toy_args | {"beta": 5.0}))
+    found = json.loads((run_folder(toy_args) / "args.json").read_text())
+    resolved = {"expectile": 0.7, "beta": 5.0, "dropout": 0.0, "reward_bias": 0.0, "normalize_obs": False}
+    assert {name: found[name] for name in resolved} == resolved
+    assert found["reward_scale"] > 0
+    assert {name: found[name] for name in toy_args} == toy_args
+    out = capsys.readouterr().out
+    for name, value in (resolved | {"reward_scale": found["reward_scale"]}).items():
+        pairs = re.findall(rf"\b{name}\W+([\w.-]+)", out.split('"versions"')[0].split("{")[0])
+        assert pairs == [str(value)], f"{name} is to be printed once, as resolved"
+
+
+def test_summary(toy_args):
+    summary = iql.train(iql.Args(**toy_args))
+    assert json.loads((run_folder(toy_args) / "summary.json").read_text()) == summary
+    assert summary.keys() >= {
+        "env_id", "dataset_id", "algorithm", "seed", "offline_score", "final_score", "lowest_score", "drop", "regret",
+        "degradation_area", "steps_to_gain", "offline_steps", "online_steps", "seconds", "updates_per_second",
+        "versions", "commit",
+    }  # fmt: skip
+    assert (summary["env_id"], summary["dataset_id"], summary["seed"]) == (TOY_ID, TOY_ID, 1)
+    assert (summary["offline_steps"], summary["online_steps"]) == (40, 120)
+    assert summary["versions"]["torch"] == torch.__version__
+    assert summary["commit"] is None or re.fullmatch(r"[0-9a-f]{40}", summary["commit"])
+    assert summary["updates_per_second"] == pytest.approx(160 / summary["seconds"])
+    assert "iql" in summary["algorithm"]
+
+
+def documented() -> set[str]:
+    """Tags in backticks in the first column of README's tables; `*` stands for any word."""
+    cells = re.findall(r"^\|([^|]*)\|", README.read_text(), flags=re.M)
+    tags = {tag for cell in cells for tag in re.findall(r"`([\w*]+(?:/[\w*]+)+)`", cell)}
+    return {tag for tag in tags if tag.split("/")[0] in ("offline", "online", "charts", "gate", "evaluator")}
+
+
+@pytest.mark.skipif(not README.exists(), reason="no README.md")
+def test_emitted_tags_are_those_documented(toy_args):
+    emitted, glossary = {}, documented()
+    assert len(glossary) > 5
+    for script in SCRIPTS:
+        module = importlib.import_module(script.stem)
+        module.train(module.Args(**toy_args | {"eval_every": 40, "eval_episodes": 1}))
+        for tag in scalars(run_folder(toy_args, script.stem)):
+            emitted.setdefault(tag, script.stem)
+    unknown = {tag: by for tag, by in emitted.items() if not any(fnmatch.fnmatch(tag, known) for known in glossary)}
+    assert unknown == {}, "not in README's glossary"
+    if len(SCRIPTS) == 4:
+        assert [known for known in glossary if not fnmatch.filter(emitted, known)] == [], "emitted by no script"
+
+
+def test_weights_and_biases_only_when_asked_for(toy_args, monkeypatch):
+    calls = []
+    fake = types.SimpleNamespace(init=lambda **kwargs: calls.append(kwargs))
+    monkeypatch.setitem(sys.modules, "wandb", None)  # importing it raises ImportError
+    short = {"offline_steps": 5, "online_steps": 5, "eval_every": 5, "eval_episodes": 1}
+    iql.train(iql.Args(**toy_args | short))
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    names = {"track": True, "wandb_project_name": "project", "wandb_entity": "entity", "exp_name": "tracked"}
+    iql.train(iql.Args(**toy_args | short | names))
+    assert len(calls) == 1
+    assert (calls[0]["project"], calls[0]["entity"], calls[0]["sync_tensorboard"]) == ("project", "entity", True)
+    assert calls[0]["name"] == "o2o_toy_medium-v0__tracked__1" and calls[0]["config"]["seed"] == 1
+
+
+def test_videos_of_evaluations(toy_args):
+    pytest.importorskip("moviepy")
+    short = {"offline_steps": 5, "online_steps": 5, "eval_every": 5, "eval_episodes": 1, "capture_video": True}
+    iql.train(iql.Args(**toy_args | short))
+    assert list((run_folder(toy_args) / "videos").glob("*.mp4"))

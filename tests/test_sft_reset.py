@@ -1,0 +1,456 @@
+"""sft_reset.py: who acts, when the new Q is stable, what a policy is worth, and resets."""
+
+import copy
+import io
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from sft_reset import (
+    Agent,
+    Args,
+    CudaGraph,
+    Evaluator,
+    Learner,
+    ReplayBuffer,
+    combine,
+    expect,
+    ratio,
+    reset,
+    train,
+    within,
+)
+
+OBS, ACTION = 3, 2
+
+
+def make(**options):
+    """An offline agent, a learner and their evaluator, as the online phase begins, and a buffer."""
+    torch.manual_seed(0)
+    np.random.seed(0)
+    values = {"hidden": 8, "batch_size": 16, "warm_start_steps": 3, "expectile": 0.7, "beta": 3.0, "dropout": 0.0}
+    args = Args(**values | {"segment_steps": 5, "window": 4, "reset_every": 0} | options)
+    rng, n = np.random.default_rng(0), 200
+    data = {key: rng.normal(size=(n, OBS)).astype(np.float32) for key in ("obs", "next_obs")}
+    data["action"] = rng.uniform(-1, 1, (n, ACTION)).astype(np.float32)
+    data |= {"reward": np.ones(n, np.float32), "return_to_go": np.ones(n, np.float32)}
+    data |= {"terminated": np.zeros(n, np.float32), "truncated": (np.arange(n) % 50 == 49).astype(np.float32)}
+    buffer = ReplayBuffer(data, 100, torch.device("cpu"))
+    for i in range(40):
+        buffer.add(data["obs"][i], data["action"][i], data["next_obs"][i], 1.0, False)
+    agent = Agent(OBS, ACTION, args)
+    learner = Learner(OBS, ACTION, args)
+    evaluator = Evaluator(agent, learner, args)
+    task = SimpleNamespace(data=data, reward_scale=1.0, ref_min=0.0, ref_max=100.0)
+    evaluator.begin(agent, list(data["obs"][:64]), task, 30.0)
+    learner.warm_start(agent, buffer)
+    return agent, learner, evaluator, buffer
+
+
+def row(gain=0.0, promised=(0.0, 0.0), acted=True, probe=True, error=0.0, td_error=0.0, weight=1.0):
+    """A segment of `weight` discounted steps: what `Evaluator.records` keeps of it."""
+    return [weight, weight * acted, *promised, gain, error, error, td_error, float(probe)]
+
+
+CONTROL = {"acted": False, "probe": False}
+
+
+def judged(evaluator, learner, records, step=1, values=None):
+    evaluator.records, evaluator.segments = [list(map(float, r)) for r in records], len(records)
+    evaluator.values = values or [1.0] * (evaluator.args.window + 1)
+    return evaluator.judge(learner, step)
+
+
+# ---- who acts ----
+
+
+@pytest.mark.parametrize(
+    ("stable", "margins", "gains", "turn"),
+    [
+        (False, [math.inf, 0.0], [9.0, 9.0], 0),  # nothing measured yet: the retained policy acts
+        (False, [0.5, 0.0], [0.6, -1.0], 1),  # not stable: the offline Q selects
+        (False, [0.5, 0.0], [0.5, 9.0], 0),  # a tie with the margin goes to the retained policy
+        (True, [0.0, 0.5], [9.0, 0.4], 0),  # stable: the new Q selects
+        (True, [math.inf, 0.5], [-9.0, 0.6], 1),
+        (True, [0.0, 0.0], [1.0, 0.0], 0),  # equal values go to the retained policy
+    ],
+)
+def test_the_learner_acts_only_above_the_margin(stable, margins, gains, turn):
+    evaluator = make()[2]
+    evaluator.stable, evaluator.margins = stable, margins
+    assert evaluator.turn(gains) == turn
+    assert evaluator.turn(gains, "probe") == 1 and evaluator.turn(gains, "control") == 0
+
+
+@pytest.mark.parametrize(("name", "turns"), [("offline", [1, 1]), ("online", [0, 0]), ("frozen-until-stable", [1, 0])])
+def test_ablations_choose_whose_q_selects(name, turns):
+    evaluator = make(evaluator=name)[2]
+    evaluator.margins = [0.0, 0.0]
+    for stable, turn in zip((False, True), turns, strict=True):
+        evaluator.stable = stable
+        assert evaluator.turn([1.0, -1.0]) == turn
+
+
+def test_softmax_samples_in_training_and_is_greedy_where_deployed():
+    evaluator = make(selection="softmax")[2]
+    evaluator.stable, evaluator.margins = True, [0.0, 0.0]
+    share = np.mean([evaluator.turn([0.0, 0.1], "sample") for _ in range(2000)])
+    assert share == pytest.approx(1 / (1 + math.exp(-1)), abs=0.04)  # 0.1 above the margin, temperature 0.1
+    before = np.random.get_state()[1].copy()
+    assert evaluator.turn([0.0, 0.1]) == 1 and (np.random.get_state()[1] == before).all()
+
+
+def test_a_learner_equal_to_the_retained_policy_never_acts():
+    agent, learner, evaluator, _ = make()
+    with torch.no_grad():
+        torch._foreach_copy_(list(learner.actor.parameters()), list(agent.actor.parameters()))
+    evaluator.margins = [0.0, 0.0]
+    obs = np.ones(OBS, np.float32)
+    actions, gains = evaluator.propose(learner, obs)
+    assert (actions[0] == actions[1]).all() and gains[:2] == [0.0, 0.0] and evaluator.turn(gains) == 0
+
+
+def test_the_more_doubtful_critic_promises():
+    _, learner, evaluator, _ = make()
+    with torch.no_grad():
+        learner.actor.net[-1].bias += 1.0
+    obs = np.ones(OBS, np.float32)
+    actions, gains = evaluator.propose(learner, obs)
+    x, a = torch.ones(2, OBS), torch.from_numpy(actions)
+    for i, pair in enumerate((evaluator.retained, learner)):
+        q = pair.target_critic(x, a).detach()
+        assert gains[i] == pytest.approx((q[:, 1] - q[:, 0]).min().item(), abs=1e-6)
+        assert gains[2 + i] == pytest.approx(q[:, i].mean().item(), abs=1e-6)
+
+
+def test_margin_is_what_promises_exceeded_gains_by_and_grows_with_it():
+    _, learner, evaluator, _ = make()
+    controls = [row(gain=g, **CONTROL) for g in (1.0, 3.0, 1.0, 3.0)]  # the fitted Q is off by 2 a step: no gain
+    good = [row(gain=g, promised=(1.5, 0.5)) for g in (3.0, 2.0, 3.0, 2.0)]  # gains of 1, 0, 1, 0
+    judged(evaluator, learner, controls + good)
+    error = math.sqrt(4 / 3 * 4 * 0.25) / 4
+    assert evaluator.margins == pytest.approx([1.0 + error, 0.0 + error])
+    judged(evaluator, learner, controls + [row(gain=g - 1, promised=(1.5, 0.5)) for g in (3.0, 2.0, 3.0, 2.0)])
+    assert evaluator.margins == pytest.approx([2.0 + error, 1.0 + error])
+    judged(evaluator, learner, controls + good[:1])
+    assert evaluator.margins == [math.inf, math.inf]  # one segment measures nothing
+
+
+# ---- stability ----
+
+
+def test_within_asks_for_everything_that_has_a_limit():
+    limits = {"td_error": 0.1, "drift": 0.2}
+    assert within({"td_error": 0.1, "drift": 0.2, "more": 9.0}, limits, 1.0)
+    assert not within({"td_error": 0.1}, limits, 1.0)
+    assert not within({"td_error": math.nan, "drift": 0.0}, limits, 1.0)
+    assert within({"td_error": 0.2, "drift": 0.4}, limits, 2.0)
+
+
+def series(evaluator, learner, errors, td_error=0.01, values=None):
+    """Whether the new Q is stable after each probe; errors are in units of a limit of 1."""
+    found, records = [], [row(**CONTROL) for _ in range(4)]
+    for error in errors:
+        records.append(row(error=error * evaluator.scale, td_error=td_error))
+        judged(evaluator, learner, records, values=values)
+        found.append(evaluator.stable)
+    return found
+
+
+LIMITS = {"td_limit": 0.1, "drift_limit": 0.1, "calibration_limit": 1.0}
+
+
+def test_stable_after_good_probes_and_until_twice_the_limit():
+    _, learner, evaluator, _ = make(**LIMITS)
+    assert series(evaluator, learner, [0.5] * 4) == [False, True, True, True]  # two probes measure, half a window
+    judged(evaluator, learner, [row(**CONTROL)] * 2 + [row(error=1.5 * evaluator.scale)] * 4)
+    assert evaluator.stable
+    judged(evaluator, learner, [row(**CONTROL)] * 2 + [row(error=2.5 * evaluator.scale)] * 4)
+    assert not evaluator.stable  # a relapse
+    judged(evaluator, learner, [row(**CONTROL)] * 2 + [row(error=1.5 * evaluator.scale)] * 4)
+    assert not evaluator.stable  # the way back is the strict limit
+    judged(evaluator, learner, [row(**CONTROL)] * 2 + [row(error=0.5 * evaluator.scale)] * 4)
+    assert evaluator.stable
+
+
+@pytest.mark.parametrize(
+    "bad", [{"td_error": 0.3}, {"values": [1.0, 1.0, 1.0, 1.0, 1.3]}, {"errors": [3.0, -3.0] * 4}], ids=str
+)
+def test_one_bad_measure_is_enough_to_never_be_stable(bad):
+    _, learner, evaluator, _ = make(**LIMITS)
+    errors = bad.pop("errors", [0.1] * 8)  # -3 and 3 have mean 0: what fails is the standard error
+    assert series(evaluator, learner, errors, **bad) == [False] * 8
+
+
+def test_no_probe_before_td_error_and_drift_are_small():
+    _, learner, evaluator, _ = make(probe_share=1.0, **LIMITS)
+    judged(evaluator, learner, [row(td_error=0.3, **CONTROL)] * 6)
+    assert evaluator.kind == "select"
+    judged(evaluator, learner, [row(td_error=0.01, **CONTROL)] * 6)
+    assert evaluator.kind == "probe"
+
+
+# ---- what a policy is worth ----
+
+
+def test_ratio_of_sums_and_its_error():
+    mean, error = ratio(np.array([2.0, 4.0, 3.0]), np.array([1.0, 2.0, 3.0]))
+    assert mean == pytest.approx(1.5)  # residuals 0.5, 1.0, -1.5
+    assert error == pytest.approx(math.sqrt(3 / 2 * 3.5) / 6)
+    assert ratio(np.array([2.0]), np.array([1.0])).tolist() == [2.0, math.inf]
+    assert ratio(np.array([]), np.array([])).tolist() == [0.0, math.inf]
+
+
+def test_estimates_that_agree_are_combined_by_inverse_variance():
+    mean, error = combine([(10.0, 1.0), (11.0, 2.0), (10.0, 2.0)])
+    assert mean == pytest.approx((10 + 11 / 4 + 10 / 4) / 1.5)
+    assert error == pytest.approx(math.sqrt(1 / 1.5))
+
+
+def test_estimates_that_disagree_widen_the_error():
+    mean, error = combine([(0.0, 1.0), (10.0, 1.0)])
+    assert mean == pytest.approx(5.0)
+    assert error == pytest.approx(math.sqrt(50 / 2))  # chi2 = 25 + 25, one degree of freedom
+    assert combine([(1.0, 1.0), (5.0, math.inf)]) == pytest.approx((1.0, 1.0))  # what is not known counts nothing
+
+
+def test_end_segment_keeps_gain_errors_and_promises():
+    _, learner, evaluator, _ = make(gamma=0.5)
+    obs = np.random.default_rng(1).normal(size=(4, OBS)).astype(np.float32)
+    action, gains = np.full(ACTION, 0.3, np.float32), [[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0], [9.0, 1.0, 2.0, 3.0]]
+    for terminated in (False, True):
+        evaluator.kind = "probe"
+        evaluator.segment = [
+            (obs[i], action, obs[i + 1], 1.0 + i, terminated and i == 2, 1, gains[i]) for i in range(3)
+        ]
+        evaluator.end_segment(learner)
+        weight, acted, offline, online, gain, critic_error, fitted_error, _, probe = evaluator.records[-1]
+        rest, obtained = 0.0 if terminated else 0.125, 1 + 0.5 * 2 + 0.25 * 3
+        assert (weight, acted, probe) == (1.75, 1.75, 1.0)
+        assert (offline, online) == (1 + 2.5 + 2.25, 2 + 3 + 0.25)
+        ends = torch.from_numpy(obs[[0, 3]])
+        v = expect(evaluator.fitted[0], evaluator.retained, ends).mean(0)
+        assert gain == pytest.approx(obtained + rest * v[1] - v[0], abs=1e-5)
+        q = expect(learner.target_critic, learner, ends).mean(0)
+        assert critic_error == pytest.approx(4.0 - obtained - rest * q[1], abs=1e-5)
+        f = expect(evaluator.fitted[1], learner, ends).mean(0)
+        assert fitted_error == pytest.approx(f[0] - obtained - rest * f[1], abs=1e-5)
+    assert evaluator.segment == [] and evaluator.probe_steps == 6
+
+
+def replacement(monkeypatch, learner_value, gain=1.0, deployed=None, stable=True):
+    """Whether a learner of this (value, error) replaces a retained pair of value 10."""
+    agent, learner, evaluator, _ = make(**LIMITS)
+    answers = iter([(10.0, 0.1), learner_value])
+    monkeypatch.setattr("sft_reset.combine", lambda _: next(answers))
+    records = [row(**CONTROL)] * 4 + [row(gain=gain, error=0.0 if stable else 9 * evaluator.scale)] * 4
+    records += [row(gain=deployed, probe=False)] * 4 if deployed is not None else []
+    judged(evaluator, learner, records)
+    return agent, learner, evaluator
+
+
+@pytest.mark.parametrize(
+    ("case", "replaced"),
+    [
+        ({"learner_value": (11.0, 0.4)}, 1),
+        ({"learner_value": (11.0, 0.5)}, 0),  # lower bound 10: a tie goes to the retained pair
+        ({"learner_value": (11.0, 0.6)}, 0),
+        ({"learner_value": (11.0, 0.4), "deployed": 0.5}, 1),
+        ({"learner_value": (11.0, 0.4), "deployed": 1.5}, 0),  # what is deployed gains more than the learner alone
+        ({"learner_value": (11.0, 0.4), "gain": -1.0}, 0),
+        ({"learner_value": (11.0, 0.4), "stable": False}, 0),
+    ],
+)
+def test_replaced_only_with_the_lower_bound_above(monkeypatch, case, replaced):
+    agent, learner, evaluator = replacement(monkeypatch, **case)
+    assert evaluator.replaced == replaced
+    new = learner if replaced else agent
+    assert all(torch.equal(p, q) for p, q in zip(evaluator.retained.parameters(), new.parameters(), strict=True))
+    if replaced:
+        assert evaluator.records == [] and evaluator.margins == [math.inf, math.inf]
+        steps, horizon = 50, 100  # of an episode, effective
+        assert evaluator.predicted_score() == pytest.approx(30.0 + 1.0 * steps / horizon)
+
+
+# ---- frozen copies, resets, resume ----
+
+
+def train_a_little(learner, evaluator, buffer):
+    for _ in range(3):
+        learner.update(buffer.sample(16, 0.5))
+    evaluator.fit(learner, buffer, 2)
+
+
+def test_the_retained_pair_is_bit_equal_after_updates_and_resets():
+    _, learner, evaluator, buffer = make()
+    before = copy.deepcopy(evaluator.retained.state_dict())
+    train_a_little(learner, evaluator, buffer)
+    reset(learner)
+    train_a_little(learner, evaluator, buffer)
+    after = evaluator.retained.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before if torch.is_tensor(before[key]))
+    evaluator.replace(learner)
+    before = [p.clone() for p in evaluator.retained.parameters()]
+    train_a_little(learner, evaluator, buffer)
+    assert all(torch.equal(p, q) for p, q in zip(before, evaluator.retained.parameters(), strict=True))
+    assert not any(torch.equal(p, q) for p, q in zip(before[-4:], list(learner.parameters())[-4:], strict=True))
+
+
+def test_reset_is_in_place_and_complete():
+    _, learner, evaluator, buffer = make()
+    train_a_little(learner, evaluator, buffer)
+    state = [v for s in learner.optimizer.state.values() for v in s.values()]
+    tensors = [*learner.parameters(), *state]
+    addresses, before = [t.data_ptr() for t in tensors], [p.clone() for p in learner.actor.parameters()]
+    assert any(v.any() for v in state)
+    reset(learner)
+    again = [*learner.parameters(), *(v for s in learner.optimizer.state.values() for v in s.values())]
+    assert [t.data_ptr() for t in again] == addresses
+    assert not any(v.any() for v in state)
+    assert not any(torch.equal(p, q) for p, q in zip(before, learner.actor.parameters(), strict=True))
+    assert all(torch.equal(p, q) for p, q in zip(learner.sources, learner.targets, strict=True))
+    learner.update(buffer.sample(16, 0.5))  # Adam begins anew: its first step is the learning rate long
+    assert max(v.max() for v in (s["step"] for s in learner.optimizer.state.values())) == 1
+
+
+def test_a_reset_waits_until_nothing_deployed_depends_on_the_learner():
+    _, learner, evaluator, _ = make(reset_every=10, **LIMITS)
+    good = [row(**CONTROL)] * 4 + [row(gain=1.0)] * 4
+    judged(evaluator, learner, good, step=9)
+    assert evaluator.resets == 0 and evaluator.stable
+    judged(evaluator, learner, [*good, row(gain=0.5, probe=False)], step=10)
+    assert evaluator.resets == 0  # due, but what is deployed gains by the learner
+    judged(evaluator, learner, good[:4] + [row(error=9 * evaluator.scale)] * 4, step=15)
+    assert (evaluator.resets, evaluator.last_reset) == (1, 15)  # relapsed: the retained policy acts
+    assert evaluator.recovering and not evaluator.stable and evaluator.margins == [math.inf] * 2
+    assert evaluator.records == good[:4] and evaluator.values == []  # nothing of the old learner is left
+    judged(evaluator, learner, good, step=16)
+    assert evaluator.stable and not evaluator.recovering
+    judged(evaluator, learner, [*good, row(gain=-0.5, probe=False)], step=25)
+    assert evaluator.resets == 2  # stable, but it gains nothing
+
+
+def test_recovery_ends_even_if_the_new_q_is_never_stable():
+    _, learner, evaluator, _ = make(reset_every=10, **LIMITS)
+    bad = [row(td_error=9.0, **CONTROL)] * 8
+    for step in range(1, 20):
+        judged(evaluator, learner, bad, step=step)
+        assert evaluator.recovering == (10 <= step < 15), step
+        assert evaluator.kind == "select" and evaluator.margins == [math.inf] * 2
+
+
+def test_state_survives_a_weights_only_file_in_the_middle_of_a_recovery():
+    _, learner, evaluator, buffer = make(reset_every=10, **LIMITS)
+    train_a_little(learner, evaluator, buffer)
+    evaluator.replace(learner)
+    obs = np.ones(OBS, np.float32)
+    evaluator.segment = [
+        (obs, np.zeros(ACTION, np.float32), obs, 1.0, False, 0, evaluator.propose(learner, obs)[1])
+    ] * 5
+    evaluator.end_segment(learner)
+    evaluator.judge(learner, 12)
+    evaluator.history.append([1.0, 2.0])
+    assert evaluator.recovering and evaluator.replaced == 1
+    file = io.BytesIO()
+    torch.save({"learner": learner.state_dict(), "evaluator": evaluator.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    _, other_learner, other, other_buffer = make(reset_every=10, **LIMITS)
+    other_learner.load_state_dict(saved["learner"])
+    other.load_state_dict(saved["evaluator"])
+    ours, theirs = evaluator.get_extra_state(), other.get_extra_state()
+    assert {k: v for k, v in ours.items() if k != "optimizer"} == {k: v for k, v in theirs.items() if k != "optimizer"}
+    for e, b, model in ((evaluator, buffer, learner), (other, other_buffer, other_learner)):
+        torch.manual_seed(5)
+        train_a_little(model, e, b)
+    for a, b in ((evaluator, other), (learner, other_learner)):
+        assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+    assert (evaluator.act(learner, obs) == other.act(other_learner, obs)).all()
+
+
+def test_summary_compares_predictions_with_evaluations():
+    evaluator = make()[2]
+    evaluator.history, evaluator.segments, evaluator.stable_segments = [[1, 2], [2, 4], [3, 3]], 4, 1
+    summary = evaluator.summary()
+    assert summary["rank_correlation"] == pytest.approx(0.5)
+    assert summary["prediction_bias"] == pytest.approx(-1.0) and summary["stable_share"] == 0.25
+    evaluator.history = [[1.0, 2.0]]
+    assert evaluator.summary()["rank_correlation"] is None
+
+
+# ---- whole runs ----
+
+FAST = {"warm_start_steps": 10, "segment_steps": 5, "window": 4, "recovery_ratio": 2, "save_every": 20}
+EASY = FAST | {"td_limit": 1e9, "drift_limit": 1e9, "calibration_limit": 1e9, "probe_share": 0.5}
+
+
+class Crash(Exception):
+    pass
+
+
+def test_resumed_in_a_recovery_and_after_replacements_it_is_the_same_run(toy_args, tmp_path, monkeypatch):
+    # A reset half-way through an episode; the lower bound is the estimate, so that learners are retained on a whim.
+    args = toy_args | EASY | {"online_steps": 300, "reset_every": 33, "bound_errors": -1e3, "eval_episodes": 1}
+    whole = train(Args(**args | {"run_dir": str(tmp_path / "whole")}))
+    assert whole["resets"] > 1 and whole["replaced"] > 0 and 0 < whole["stable_share"] < 1 and whole["probe_steps"] > 0
+    seen, original = [], Evaluator.judge
+
+    def crashing(self, learner, step):
+        log = original(self, learner, step)
+        seen.append(self.recovering)
+        if sum(seen) == 3 and seen[-1]:
+            raise Crash
+        return log
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Evaluator, "judge", crashing)
+        with pytest.raises(Crash):
+            train(Args(**args))
+    resumed = train(Args(**args | {"resume": True}))
+    same = [key for key in whole if key not in ("seconds", "updates_per_second")]
+    assert {key: whole[key] for key in same} == {key: resumed[key] for key in same}
+    files = [next(Path(d).glob("*/online.pt")) for d in (tmp_path / "whole", args["run_dir"])]
+    a, b = (torch.load(file, weights_only=True) for file in files)
+    for part in ("learner", "evaluator"):
+        tensors = [key for key, value in a[part].items() if torch.is_tensor(value)]
+        assert all(torch.equal(a[part][key], b[part][key]) for key in tensors)
+
+
+def test_a_run_that_is_never_stable_goes_on_as_the_retained_policy_and_says_so(toy_args, capsys):
+    summary = train(Args(**toy_args | FAST | {"td_limit": 0.0, "reset_every": 50}))
+    assert "never stable" in capsys.readouterr().out
+    assert summary["final_score"] == summary["lowest_score"] == summary["offline_score"]
+    assert (summary["stable_share"], summary["replaced"], summary["probe_steps"]) == (0.0, 0, 0)
+    assert summary["resets"] == 2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"evaluator": "offline"}, {"evaluator": "online"}, {"selection": "softmax"}, {"reset_every": 0}],
+    ids=str,
+)
+def test_variants_run(toy_args, options):
+    summary = train(Args(**toy_args | EASY | {"reset_every": 40} | options))
+    assert summary["resets"] <= (0 if options.get("reset_every") == 0 else 3)
+    assert math.isfinite(summary["final_score"])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_captured_graph_goes_on_after_a_reset():
+    with torch.device("cuda"):
+        args = Args(hidden=8, expectile=0.7, beta=3.0, dropout=0.0)
+        learner = Learner(OBS, ACTION, args)
+        batch = {"obs": torch.randn(16, OBS), "next_obs": torch.randn(16, OBS), "action": torch.zeros(16, ACTION)}
+        batch |= {"reward": torch.ones(16), "terminated": torch.zeros(16)}
+    update = CudaGraph(lambda: learner.update(batch))
+    for _ in range(6):
+        update()
+    reset(learner)
+    before = [p.clone() for p in learner.trained]
+    update()
+    assert not any(torch.equal(p, q) for p, q in zip(before, learner.trained, strict=True))
+    assert all(float(s["step"]) == 1 for s in learner.optimizer.state.values())

@@ -137,6 +137,10 @@ def fail(message: str) -> NoReturn:
     sys.exit(2)
 
 
+def reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
 class EndAtGoal(gym.Wrapper):
     """Reaching the goal terminates the episode, as in D4RL's antmaze; Minari's mazes may go on."""
 
@@ -714,7 +718,8 @@ def train(args: Args) -> dict:
     # ---- setup ----
     run = Run(args)
     task = load_task(args)
-    print("  ".join(f"{name} {getattr(args, name)}" for name in [*args.domain_values[task.domain], "reward_scale"]))
+    resolved = args.domain_values["any"] | args.domain_values[task.domain]
+    print("  ".join(f"{name} {getattr(args, name)}" for name in resolved))
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic CUDA kernels need
     torch.use_deterministic_algorithms(args.torch_deterministic)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # one core a run, so that seeds run side by side
@@ -726,13 +731,15 @@ def train(args: Args) -> dict:
     buffer = ReplayBuffer(task.data, min(args.buffer_size, args.online_steps), device)
     with device:
         agent = Agent(task.data["obs"].shape[1], task.data["action"].shape[1], args)
+    identity = {"algorithm": agent.algorithm, "dataset_id": task.dataset_id, "hidden": args.hidden}
+    pretrained = load_file(Path(args.offline_checkpoint), **identity) if args.offline_checkpoint else None
+    args.offline_steps = pretrained["offline_steps"] if pretrained else args.offline_steps
     run.start(agent=agent, buffer=buffer)
     progress, eval_env = run.progress, task.make_env(run.dir / "videos" if args.capture_video else None)
 
     # ---- offline ----
-    identity = {"algorithm": agent.algorithm, "dataset_id": task.dataset_id, "hidden": args.hidden}
-    if args.offline_checkpoint and not progress["offline_step"]:
-        agent.load_state_dict(load_file(Path(args.offline_checkpoint), **identity)["agent"])
+    if pretrained and not progress["offline_step"]:
+        agent.load_state_dict(pretrained["agent"])
         progress["offline_step"] = args.offline_steps
     if args.compile:
         agent.loss = torch.compile(agent.loss)
@@ -750,9 +757,10 @@ def train(args: Args) -> dict:
             bar.set_postfix(score=f"{result['normalized_score']:.1f}")
         if run.stop or step % args.save_every == 0:
             run.save()
-    save_file(run.dir / "offline.pt", identity | {"agent": agent.state_dict()})
-    if not progress["steps"]:
+    if not progress["steps"]:  # not where a resumed run is online already
+        save_file(run.dir / "offline.pt", identity | {"offline_steps": args.offline_steps, "agent": agent.state_dict()})
         progress["offline_score"] = evaluate(agent.act, eval_env, task, args)["normalized_score"]
+        torch.manual_seed(args.seed)  # online as a run that starts from this offline.pt
 
     # ---- online ----
     env, update = task.make_env(), partial(run_updates, agent, buffer, args.utd_ratio, 1 - args.mixing_ratio)

@@ -632,11 +632,8 @@ def train(args: Args) -> dict:
     # ---- setup ----
     run = Run(args)
     task = load_task(args)
-    print(
-        "  ".join(
-            f"{name} {getattr(args, name)}" for name in args.domain_values["any"] | args.domain_values[task.domain]
-        )
-    )
+    resolved = args.domain_values["any"] | args.domain_values[task.domain]
+    print("  ".join(f"{name} {getattr(args, name)}" for name in resolved))
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic CUDA kernels need
     torch.use_deterministic_algorithms(args.torch_deterministic)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # one core a run, so that seeds run side by side

@@ -99,13 +99,12 @@ class Args:
 
 LOCOMOTION = "random medium expert medium-replay medium-expert full-replay"
 ANTMAZE = "umaze umaze-diverse medium-play medium-diverse large-play large-diverse"
-POINTMAZE = "umaze medium large open umaze-dense medium-dense large-dense open-dense"
 ENVS = {  # D4RL's environments: domain, return of a random and of an expert policy (scores 0 and 100), datasets
     "halfcheetah": ("locomotion", -280.178953, 12135.0, "halfcheetah-{}-v2", LOCOMOTION),
     "hopper": ("locomotion", -20.272305, 3234.3, "hopper-{}-v2", LOCOMOTION),
     "walker2d": ("locomotion", 1.629008, 4592.3, "walker2d-{}-v2", LOCOMOTION),
     "antmaze": ("antmaze", 0.0, 1.0, "D4RL/antmaze/{}-v1", ANTMAZE),
-    "pointmaze": ("pointmaze", 0.0, 1.0, "D4RL/pointmaze/{}-v2", POINTMAZE),
+    "pointmaze": ("pointmaze", 0.0, 1.0, "D4RL/pointmaze/{}-v2", "umaze medium large open"),
     "pen": ("adroit", 96.262799, 3076.8331017826877, "D4RL/pen/{}-v2", "human cloned expert"),
     "hammer": ("adroit", -274.856578, 12794.134825156867, "D4RL/hammer/{}-v2", "human cloned expert"),
     "door": ("adroit", -56.512833, 2880.5693087298737, "D4RL/door/{}-v2", "human cloned expert"),
@@ -535,6 +534,8 @@ class Run:
         for name in (*positive, "batch_size", "buffer_size", "hidden"):
             if getattr(args, name) < 1:
                 fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
+        if not 0 < args.gamma < 1:
+            fail(f"--gamma is {args.gamma}; it must lie between 0 and 1")
         if (args.cuda or args.cuda_graph) and not torch.cuda.is_available():
             fail("--cuda and --cuda-graph need a CUDA device, and there is none here; leave them out")
         name = Path(args.env_id).stem if args.env_id.endswith(".hdf5") else args.env_id.replace("/", "_")
@@ -590,6 +591,8 @@ class Run:
 
     def save(self) -> None:
         """Everything that a bit-exact continuation needs; ends the process where a signal has asked for it."""
+        for writer in self.writers.values():
+            writer.flush()
         self.progress["seconds"], self.saved_at = time.time() - self.began, self.progress["online_step"]
         name, keys, *numbers = np.random.get_state()
         rng = [
@@ -646,7 +649,7 @@ def train(args: Args) -> dict:
     with device:
         agent = Agent(task.data["obs"].shape[1], task.data["action"].shape[1], args)
     identity = {"algorithm": agent.algorithm, "dataset_id": task.dataset_id, "hidden": args.hidden}
-    pretrained = load_file(Path(args.offline_checkpoint), **identity) if args.offline_checkpoint else None
+    pretrained = args.offline_checkpoint and load_file(Path(args.offline_checkpoint), phase="offline", **identity)
     args.offline_steps = pretrained["offline_steps"] if pretrained else args.offline_steps
     run.start(agent=agent, buffer=buffer)
     progress, eval_env = run.progress, task.make_env(run.dir / "videos" if args.capture_video else None)
@@ -672,7 +675,8 @@ def train(args: Args) -> dict:
         if run.stop or step % args.save_every == 0:
             run.save()
     if not progress["steps"]:  # not where a resumed run is online already
-        save_file(run.dir / "offline.pt", identity | {"offline_steps": args.offline_steps, "agent": agent.state_dict()})
+        offline = {"phase": "offline", "offline_steps": args.offline_steps, "agent": agent.state_dict()}
+        save_file(run.dir / "offline.pt", identity | offline)
         progress["offline_score"] = evaluate(agent.act, eval_env, task, args)["normalized_score"]
         torch.manual_seed(args.seed)  # online as a run that starts from this offline.pt
 
@@ -704,7 +708,7 @@ def train(args: Args) -> dict:
                 run.save()
 
     # ---- finish ----
-    save_file(run.dir / "online.pt", identity | {"agent": agent.state_dict()})
+    save_file(run.dir / "online.pt", identity | {"phase": "online", "agent": agent.state_dict()})
     return run.finish(task)
 
 

@@ -13,8 +13,8 @@ Our choices:
      alone and without noise, as it would be deployed: a Q that has not seen what the learner's actions lead to
      overrates them, and yet looks calibrated.
 [D2] The learner is SAC from the offline policy's mean action, at a fixed small temperature: a learned one ran away.
-[D3] Its critics have LayerNorm, which curbs overrated unseen actions; they are fitted to IQL's Q on the dataset
-     before the first online step. Batches are half dataset, half online.
+[D3] Its critics start as IQL's (LayerNorm critics fitted to IQL's Q on the dataset overrated its actions at once).
+     Batches are half dataset, half online.
 [D4] The learner acts in a state only if both critics of the selecting Q promise more than a margin above the retained
      action: the excess of promised over obtained gains in recent segments, plus its standard error. Ties are the
      retained pair's.
@@ -26,7 +26,7 @@ Our choices:
      correction by gains obtained. A learner is retained when its lower bound is above the estimate of the pair so far
      and, when last probed, it gained no less than what is deployed.
 [D8] A learner that may rarely act gets few data to correct what it overrates. So its policy loss holds it to the
-     retained policy, as TD3+BC (Fujimoto, Gu 2021) does to the data, by a weight that falls with its error in probes.
+     retained policy, as TD3+BC (Fujimoto, Gu 2021) does to the data: less while its probes gain, more while not.
 [D9] A reset waits until nothing deployed depends on the learner: just after it was retained, or while what is deployed
      gains nothing by it. Then it starts from nothing, with more updates a step until its Q is stable again.
 """
@@ -59,7 +59,6 @@ import numpy as np
 import pooch
 import torch
 import tyro
-from scipy import stats
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -96,14 +95,13 @@ class Args:
     compile: bool = False  # torch.compile the losses
     cuda_graph: bool = False  # replay updates as one captured CUDA graph
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # medium: bfloat16 where the processor has it
-    warm_start_steps: int = 5_000  # gradient steps that fit its critics to IQL's [D3]
     temperature: float = 0.02  # alpha of SAC, for rewards of about 1 a step [D2]
     learner_std: float = 0.1  # of its action before the tanh, to begin with
     hold: float = 0.4  # most weight of the distance to the retained policy in its loss, in units of |Q| [D8]
     evaluator: Literal["frozen-until-stable", "offline", "online"] = "frozen-until-stable"  # whose Q selects [D5]
     selection: Literal["greedy", "softmax"] = "greedy"  # softmax: in training, by chance where the promises are close
     segment_steps: int = 100  # at most; episodes end them too [D1]
-    probe_share: float = 0.25  # of the segments, once TD error and drift are small
+    probe_share: float = 0.5  # of the segments, once TD error and drift are small
     control_share: float = 0.1  # of the segments, of the retained policy alone, once stable
     window: int = 10  # segments, probes or controls that a judgement looks back on; half as many will do
     td_limit: float = 0.05  # mean TD error, in units of the mean absolute reward's value [D5]
@@ -140,7 +138,7 @@ ENVS = {  # D4RL's environments: domain, return of a random and of an expert pol
     "hopper": ("locomotion", -20.272305, 3234.3, "hopper-{}-v2", LOCOMOTION),
     "walker2d": ("locomotion", 1.629008, 4592.3, "walker2d-{}-v2", LOCOMOTION),
     "antmaze": ("antmaze", 0.0, 1.0, "D4RL/antmaze/{}-v1", ANTMAZE),
-    "pointmaze": ("pointmaze", 0.0, 1.0, "D4RL/pointmaze/{}-v2", POINTMAZE),
+    "pointmaze": ("pointmaze", 0.0, 1.0, "D4RL/pointmaze/{}-v2", "umaze medium large open"),
     "pen": ("adroit", 96.262799, 3076.8331017826877, "D4RL/pen/{}-v2", "human cloned expert"),
     "hammer": ("adroit", -274.856578, 12794.134825156867, "D4RL/hammer/{}-v2", "human cloned expert"),
     "door": ("adroit", -56.512833, 2880.5693087298737, "D4RL/door/{}-v2", "human cloned expert"),
@@ -155,8 +153,12 @@ HDF5_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2/"
 
 def fail(message: str) -> NoReturn:
     """Bad input: one line that says what is wrong and what to do about it, exit code 2."""
-    print(f"error: {message}", file=sys.stderr)
+    tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, below any progress bar
     sys.exit(2)
+
+
+def reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 class EndAtGoal(gym.Wrapper):
@@ -270,7 +272,7 @@ def find_dataset(args: Args) -> tuple[str, Path, str]:
                 download(dataset_id, path)
             return dataset_id, path, env
         except Exception as error:  # whatever server, network and libraries raise: it is not to be had
-            print(f"cannot fetch {dataset_id}: {str(error).splitlines()[0]}")
+            print(f"cannot fetch {dataset_id}: {reason(error)}")
     if args.dataset == "official" or "/" in args.env_id:
         fail(f"{dataset_id} is not at {path}: put it there, or use a short name and --dataset stand-in")
     stand_in, maker = f"o2o/{env}/{kind}-v0", Path(__file__).with_name("make_dataset.py")
@@ -285,6 +287,7 @@ def find_dataset(args: Args) -> tuple[str, Path, str]:
 def load_task(args: Args) -> Task:
     """The task with its data checked, described and transformed; `args` gets the domain's value where it has None."""
     dataset_id, path, env = find_dataset(args)
+    cure = "give a whole file" if args.env_id.endswith(".hdf5") else f"delete {path} to have it fetched again"
     try:
         if path.suffix == ".hdf5":
             spec, meta = gym.spec(args.eval_env or HDF5_ENVS[env]), {}
@@ -293,17 +296,17 @@ def load_task(args: Args) -> Task:
             dataset = minari.MinariDataset(path / "data")
             spec, meta = dataset.recover_environment(eval_env=True).spec, dataset.storage.metadata
             data = read_minari(dataset)
-    except (OSError, KeyError, ValueError, gym.error.Error) as error:
-        fail(f"cannot read {path} ({str(error).splitlines()[0]}); delete it to have it fetched again")
-    world = gym.make(spec)
+        world = gym.make(spec)
+    except Exception as error:  # whatever h5py, minari and the environment raise
+        fail(f"cannot read {path} or make its environment ({reason(error)}); {cure}")
     box, obs = world.action_space, flatten_obs(world.reset(seed=0)[0])
-    if not isinstance(box, gym.spaces.Box):
-        fail(f"{dataset_id}: actions are {box}; only continuous ones (Box) are supported")
+    if not isinstance(box, gym.spaces.Box) or not box.is_bounded():
+        fail(f"{dataset_id}: actions are {box}; only continuous, bounded ones are supported")
     for key, shape in {"obs": obs.shape, "next_obs": obs.shape, "action": box.shape, "reward": ()}.items():
         if not len(data[key]) or data[key].shape[1:] != shape or len(data[key]) != len(data["reward"]):
-            fail(f"{dataset_id}: {key} has shape {data[key].shape}, {spec.id} needs (1 or more, *{shape})")
+            fail(f"{dataset_id}: {key} has shape {data[key].shape}, {spec.id} needs (1 or more, *{shape}); {cure}")
         if not np.isfinite(data[key]).all():
-            fail(f"{dataset_id}: {key} has NaN or infinite values; delete {path} to have it fetched again")
+            fail(f"{dataset_id}: {key} has NaN or infinite values; {cure}")
 
     domain, ref_min, ref_max, *_ = ENVS.get(env, ("locomotion", meta.get("ref_min_score"), meta.get("ref_max_score")))
     last = data["terminated"] | data["truncated"]
@@ -478,16 +481,6 @@ class Agent(nn.Module):
         self.optimizer.load_state_dict(state)
 
 
-class NormCritic(Critic):
-    """Critic with LayerNorm before each ReLU [D3]."""
-
-    def __init__(self, obs_dim: int, action_dim: int, hidden: int, n_critics: int = 2):
-        super().__init__(obs_dim, action_dim, hidden, n_critics)
-        for i, net in enumerate(self.nets):
-            first, relu, second, _, last = net
-            self.nets[i] = nn.Sequential(first, nn.LayerNorm(hidden), relu, second, nn.LayerNorm(hidden), relu, last)
-
-
 class Learner(Agent):
     """SAC (Haarnoja et al. 2018) at a fixed temperature [D2]. Its policy is tanh(Normal(net(s), exp(log_std))), its
     log_std the same in every state. The update is Agent's; a value network it has none."""
@@ -499,7 +492,7 @@ class Learner(Agent):
         self.args = args
         self.actor = GaussianActor(obs_dim, action_dim, args.hidden, dropout=0.0)
         nn.init.constant_(self.actor.log_std, math.log(args.learner_std))
-        self.critic = NormCritic(obs_dim, action_dim, args.hidden)
+        self.critic = Critic(obs_dim, action_dim, args.hidden)
         self.trained = list(self.parameters())
         self.held_to = copy.deepcopy(self.actor.net).requires_grad_(False)
         self.register_buffer("hold", torch.zeros(()))  # a tensor: read inside CUDA graphs
@@ -508,17 +501,12 @@ class Learner(Agent):
         cuda = self.trained[0].is_cuda
         self.optimizer = torch.optim.Adam(self.trained, args.learning_rate, fused=True, capturable=cuda)
 
-    def warm_start(self, agent: Agent, buffer: ReplayBuffer) -> None:
-        """Take over the offline policy's mean action; fit the critics to IQL's on the dataset [D3]."""
+    def warm_start(self, agent: Agent) -> None:
+        """Take over the offline policy's mean action and Q [D3]."""
         for net in (self.held_to, self.actor.net):
             torch._foreach_copy_([p.data for p in net.parameters()], [p.data for p in agent.actor.net.parameters()])
-        for _ in tqdm(range(self.args.warm_start_steps), "warm start", leave=False):
-            batch = buffer.sample(self.args.batch_size, 0.0)
-            q = agent.target_critic(batch["obs"], batch["action"])
-            self.optimizer.zero_grad()
-            (self.critic(batch["obs"], batch["action"]) - q).square().mean().backward()
-            self.optimizer.step()
-        self.target_critic.load_state_dict(self.critic.state_dict())
+        for critic in (self.critic, self.target_critic):
+            critic.load_state_dict(agent.target_critic.state_dict())
 
     def sample(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         """An action (n, action_dim) and its log-probability (n,)."""
@@ -708,10 +696,6 @@ class Evaluator(nn.Module):
         self.healthy = within(log, limits, 2.0)
         self.stable = within(log, limits | {"calibration": args.calibration_limit}, 2.0 if self.stable else 1.0)
         self.stable_segments += self.stable
-        doubt = 2 * log.get("calibration", math.inf) / args.calibration_limit - 1  # 0 at half the limit, 1 at the limit
-        learner.hold.mul_(0.97).clamp_(
-            min=self.most_hold * min(max(doubt, 0.0), 1.0)
-        )  # let go slowly, hold at once [D8]
         self.recovering = self.recovering and not self.stable and step - self.last_reset < due // 2
 
         # Margins [D4]; the retained policy gains nothing over itself [D6]
@@ -719,6 +703,11 @@ class Evaluator(nn.Module):
         if min(len(controls), len(mixed)) >= enough:
             errors = [ratio(promise[mixed] - net[mixed], acted[mixed]) for promise in promised]
             self.margins = [float(max(excess, 0.0) + error) for excess, error in errors]
+
+        # Let the learner go while its probes gain, hold it where they lose or surprise [D8]
+        recent, calm = probes[-enough:], log.get("calibration", math.inf) <= args.calibration_limit
+        free = self.most_hold == 0 or (calm and len(controls) >= enough and net[recent].sum() > 0)
+        learner.hold.mul_(0.97 if free else 1.1).clamp_(max=self.most_hold)
 
         # Policy evaluation [D7]
         if min(len(controls), len(probes)) >= enough:
@@ -769,9 +758,11 @@ class Evaluator(nn.Module):
 
     def summary(self) -> dict:
         """For summary.json; rank correlation and bias are those of the learner's predicted scores."""
+        from scipy.stats import spearmanr  # here, so that all scripts import the same on top
+
         predicted, true = np.array(self.history).T
         known = len(self.history) > 2 and np.ptp(predicted) > 0 and np.ptp(true) > 0
-        prediction = {"rank_correlation": float(stats.spearmanr(predicted, true).statistic) if known else None}
+        prediction = {"rank_correlation": float(spearmanr(predicted, true).statistic) if known else None}
         prediction |= {"prediction_bias": float(np.mean(predicted - true)), "probe_steps": self.probe_steps}
         share = self.stable_segments / max(self.segments, 1)
         return prediction | {"stable_share": share, "replaced": self.replaced, "resets": self.resets}
@@ -855,9 +846,9 @@ def save_file(path: Path, content: dict) -> None:
 def load_file(path: Path, **expected) -> dict:
     """A file of `save_file`, which must agree with `expected`."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # torch, zip and pickle raise whatever the damage leads to
-        fail(f"cannot read {path} ({str(error).splitlines()[0]}); give another, or delete it to start anew")
+        fail(f"cannot read {path} ({reason(error)}); give another, or delete it to start anew")
     for key, value in expected.items():
         if content.get(key) != value:
             fail(f"{path} is of another run: {key} is {content.get(key)}, here {value}; start with the same, or anew")
@@ -872,6 +863,8 @@ class Run:
         for name in (*positive, "batch_size", "buffer_size", "hidden"):
             if getattr(args, name) < 1:
                 fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
+        if not 0 < args.gamma < 1:
+            fail(f"--gamma is {args.gamma}; it must lie between 0 and 1")
         if (args.cuda or args.cuda_graph) and not torch.cuda.is_available():
             fail("--cuda and --cuda-graph need a CUDA device, and there is none here; leave them out")
         name = Path(args.env_id).stem if args.env_id.endswith(".hdf5") else args.env_id.replace("/", "_")
@@ -886,7 +879,7 @@ class Run:
         settings = {key: value for key, value in asdict(self.args).items() if key != "resume"}
         self.parts, self.settings, checkpoint = parts, settings, self.dir / "checkpoint.pt"
         if checkpoint.exists():
-            saved = load_file(checkpoint, args=settings)
+            saved = load_file(checkpoint, **settings)
             for name, part in parts.items():
                 part.load_state_dict(saved[name])
             self.progress = saved["progress"]
@@ -902,8 +895,9 @@ class Run:
 
             names = {"project": self.args.wandb_project_name, "entity": self.args.wandb_entity, "name": self.dir.name}
             wandb.init(**names, config=settings, sync_tensorboard=True)
-        for phase in ("offline", "online"):  # two, because each counts its own steps
-            self.writers[phase] = SummaryWriter(self.dir / phase, purge_step=self.progress[f"{phase}_step"] + 1)
+        online_step = self.progress["online_step"] if self.progress["steps"] else -1
+        for phase, step in {"offline": self.progress["offline_step"], "online": online_step}.items():
+            self.writers[phase] = SummaryWriter(self.dir / phase, purge_step=step + 1)  # each counts its own steps
         for number in (signal.SIGTERM, signal.SIGUSR1):  # what SLURM sends before it takes the machine away
             signal.signal(number, lambda *_: setattr(self, "stop", True))
         self.began, self.saved_at = time.time() - self.progress["seconds"], self.progress["online_step"]
@@ -911,7 +905,9 @@ class Run:
     def log(self, phase: str, step: int, values: dict, losses: dict[str, Tensor] | None = None) -> None:
         """TensorBoard scalars at `step`: gradient steps offline, environment steps online, whose scores are kept."""
         for name, value in (values | {f"losses/{name}": loss for name, loss in (losses or {}).items()}).items():
-            self.writers[phase].add_scalar(name if name.startswith("charts/") else f"{phase}/{name}", value, step)
+            self.writers[phase].add_scalar(
+                name if "/" in name and "losses" not in name else f"{phase}/{name}", value, step
+            )
         if phase == "online" and "normalized_score" in values:
             self.progress["steps"].append(step)
             self.progress["scores"].append(values["normalized_score"])
@@ -924,6 +920,8 @@ class Run:
 
     def save(self) -> None:
         """Everything that a bit-exact continuation needs; ends the process where a signal has asked for it."""
+        for writer in self.writers.values():
+            writer.flush()
         self.progress["seconds"], self.saved_at = time.time() - self.began, self.progress["online_step"]
         name, keys, *numbers = np.random.get_state()
         rng = [
@@ -933,7 +931,7 @@ class Run:
             torch.cuda.get_rng_state_all(),
         ]
         parts = {name: part.state_dict() for name, part in self.parts.items()}
-        save_file(self.dir / "checkpoint.pt", parts | {"args": self.settings, "progress": self.progress, "rng": rng})
+        save_file(self.dir / "checkpoint.pt", self.settings | parts | {"progress": self.progress, "rng": rng})
         if self.stop:
             print(f"stopped and saved; continue with: {' '.join(['python', *sys.argv, '--resume'])}")
             sys.exit(0)
@@ -966,7 +964,8 @@ def train(args: Args) -> dict:
     # ---- setup ----
     run = Run(args)
     task = load_task(args)
-    print("  ".join(f"{name} {getattr(args, name)}" for name in [*args.domain_values[task.domain], "reward_scale"]))
+    resolved = args.domain_values["any"] | args.domain_values[task.domain]
+    print("  ".join(f"{name} {getattr(args, name)}" for name in resolved))
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic CUDA kernels need
     torch.use_deterministic_algorithms(args.torch_deterministic)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # one core a run, so that seeds run side by side
@@ -980,13 +979,15 @@ def train(args: Args) -> dict:
         agent = Agent(task.data["obs"].shape[1], task.data["action"].shape[1], args)
         learner = Learner(task.data["obs"].shape[1], task.data["action"].shape[1], args)
         evaluator = Evaluator(agent, learner, args)
+    identity = {"algorithm": agent.algorithm, "dataset_id": task.dataset_id, "hidden": args.hidden}
+    pretrained = args.offline_checkpoint and load_file(Path(args.offline_checkpoint), phase="offline", **identity)
+    args.offline_steps = pretrained["offline_steps"] if pretrained else args.offline_steps
     run.start(agent=agent, buffer=buffer, learner=learner, evaluator=evaluator)
     progress, eval_env = run.progress, task.make_env(run.dir / "videos" if args.capture_video else None)
 
     # ---- offline ----
-    identity = {"algorithm": agent.algorithm, "dataset_id": task.dataset_id, "hidden": args.hidden}
-    if args.offline_checkpoint and not progress["offline_step"]:
-        agent.load_state_dict(load_file(Path(args.offline_checkpoint), **identity)["agent"])
+    if pretrained and not progress["offline_step"]:
+        agent.load_state_dict(pretrained["agent"])
         progress["offline_step"] = args.offline_steps
     if args.compile:
         agent.loss = torch.compile(agent.loss)
@@ -1004,9 +1005,11 @@ def train(args: Args) -> dict:
             bar.set_postfix(score=f"{result['normalized_score']:.1f}")
         if run.stop or step % args.save_every == 0:
             run.save()
-    save_file(run.dir / "offline.pt", identity | {"agent": agent.state_dict()})
-    if not progress["steps"]:
+    if not progress["steps"]:  # not where a resumed run is online already
+        offline = {"phase": "offline", "offline_steps": args.offline_steps, "agent": agent.state_dict()}
+        save_file(run.dir / "offline.pt", identity | offline)
         progress["offline_score"] = evaluate(agent.act, eval_env, task, args)["normalized_score"]
+        torch.manual_seed(args.seed)  # online as a run that starts from this offline.pt
 
     # ---- online ----
     if args.compile:
@@ -1017,7 +1020,7 @@ def train(args: Args) -> dict:
         result = evaluate(agent.act, eval_env, task, args)
         run.log("online", 0, result | {"learner_score": result["normalized_score"]})
         evaluator.begin(agent, [env.reset(seed=2_000_000 + i)[0] for i in range(64)], task, result["normalized_score"])
-        learner.warm_start(agent, buffer)
+        learner.warm_start(agent)
         learner.hold.fill_(evaluator.most_hold)
     over, began, first = True, time.time(), progress["online_step"] + 1
     bar = tqdm(range(first, args.online_steps + 1), "online")
@@ -1057,7 +1060,7 @@ def train(args: Args) -> dict:
 
     # ---- finish ----
     parts = {"agent": agent.state_dict(), "learner": learner.state_dict(), "evaluator": evaluator.state_dict()}
-    save_file(run.dir / "online.pt", identity | parts)
+    save_file(run.dir / "online.pt", identity | {"phase": "online"} | parts)
     return run.finish(task, **evaluator.summary())
 
 

@@ -351,8 +351,7 @@ DOCUMENTED = {
 }
 DOCUMENTED |= {f"antmaze-{kind}": f"D4RL/antmaze/{kind}-v1" for kind in (
     "umaze", "umaze-diverse", "medium-play", "medium-diverse", "large-play", "large-diverse")}  # fmt: skip
-DOCUMENTED |= {f"pointmaze-{kind}{dense}": f"D4RL/pointmaze/{kind}{dense}-v2"
-               for kind in ("umaze", "medium", "large", "open") for dense in ("", "-dense")}  # fmt: skip
+DOCUMENTED |= {f"pointmaze-{kind}": f"D4RL/pointmaze/{kind}-v2" for kind in ("umaze", "medium", "large", "open")}
 DOCUMENTED |= {f"{env}-{kind}": f"D4RL/{env}/{kind}-v2" for env in ("pen", "hammer", "door", "relocate")
                for kind in ("human", "cloned", "expert")}  # fmt: skip
 DOCUMENTED |= {f"kitchen-{kind}": f"D4RL/kitchen/{kind}-v2" for kind in ("complete", "partial", "mixed")}

@@ -32,7 +32,7 @@ def make(**options):
     """An offline agent, a learner and their evaluator, as the online phase begins, and a buffer."""
     torch.manual_seed(0)
     np.random.seed(0)
-    values = {"hidden": 8, "batch_size": 16, "warm_start_steps": 3, "expectile": 0.7, "beta": 3.0, "dropout": 0.0}
+    values = {"hidden": 8, "batch_size": 16, "expectile": 0.7, "beta": 3.0, "dropout": 0.0}
     args = Args(**values | {"segment_steps": 5, "window": 4, "reset_every": 0} | options)
     rng, n = np.random.default_rng(0), 200
     data = {key: rng.normal(size=(n, OBS)).astype(np.float32) for key in ("obs", "next_obs")}
@@ -47,7 +47,7 @@ def make(**options):
     evaluator = Evaluator(agent, learner, args)
     task = SimpleNamespace(data=data, reward_scale=1.0, ref_min=0.0, ref_max=100.0)
     evaluator.begin(agent, list(data["obs"][:64]), task, 30.0)
-    learner.warm_start(agent, buffer)
+    learner.warm_start(agent)
     return agent, learner, evaluator, buffer
 
 
@@ -384,7 +384,7 @@ def test_summary_compares_predictions_with_evaluations():
 
 # ---- whole runs ----
 
-FAST = {"warm_start_steps": 10, "segment_steps": 5, "window": 4, "recovery_ratio": 2, "save_every": 20}
+FAST = {"segment_steps": 5, "window": 4, "recovery_ratio": 2, "save_every": 20}
 EASY = FAST | {"td_limit": 1e9, "drift_limit": 1e9, "calibration_limit": 1e9, "probe_share": 0.5}
 
 

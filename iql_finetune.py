@@ -548,9 +548,10 @@ class Run:
     def start(self, **parts) -> None:
         """Create the folder; or put `parts`, progress and random generators back to where its checkpoint has them."""
         settings = {key: value for key, value in asdict(self.args).items() if key != "resume"}
-        self.parts, self.settings, checkpoint = parts, settings, self.dir / "checkpoint.pt"
+        self.parts, checkpoint = parts, self.dir / "checkpoint.pt"
+        self.settings = {f"--{name}": value for name, value in settings.items()}  # no name of a part
         if checkpoint.exists():
-            saved = load_file(checkpoint, **settings)
+            saved = load_file(checkpoint, **self.settings)
             for name, part in parts.items():
                 part.load_state_dict(saved[name])
             self.progress = saved["progress"]

@@ -132,7 +132,6 @@ class Args:
 
 LOCOMOTION = "random medium expert medium-replay medium-expert full-replay"
 ANTMAZE = "umaze umaze-diverse medium-play medium-diverse large-play large-diverse"
-POINTMAZE = "umaze medium large open umaze-dense medium-dense large-dense open-dense"
 ENVS = {  # D4RL's environments: domain, return of a random and of an expert policy (scores 0 and 100), datasets
     "halfcheetah": ("locomotion", -280.178953, 12135.0, "halfcheetah-{}-v2", LOCOMOTION),
     "hopper": ("locomotion", -20.272305, 3234.3, "hopper-{}-v2", LOCOMOTION),
@@ -877,9 +876,10 @@ class Run:
     def start(self, **parts) -> None:
         """Create the folder; or put `parts`, progress and random generators back to where its checkpoint has them."""
         settings = {key: value for key, value in asdict(self.args).items() if key != "resume"}
-        self.parts, self.settings, checkpoint = parts, settings, self.dir / "checkpoint.pt"
+        self.parts, checkpoint = parts, self.dir / "checkpoint.pt"
+        self.settings = {f"--{name}": value for name, value in settings.items()}  # no name of a part
         if checkpoint.exists():
-            saved = load_file(checkpoint, **settings)
+            saved = load_file(checkpoint, **self.settings)
             for name, part in parts.items():
                 part.load_state_dict(saved[name])
             self.progress = saved["progress"]

@@ -117,8 +117,9 @@ def test_emitted_tags_are_those_documented(toy_args):
             emitted.setdefault(tag, script.stem)
     unknown = {tag: by for tag, by in emitted.items() if not any(fnmatch.fnmatch(tag, known) for known in glossary)}
     assert unknown == {}, "not in README's glossary"
-    if len(SCRIPTS) == 4:
-        assert [known for known in glossary if not fnmatch.filter(emitted, known)] == [], "emitted by no script"
+    sources = "".join(script.read_text() for script in SCRIPTS)  # a short run does not come to emit all of them
+    unheard = [known for known in glossary if not fnmatch.filter(emitted, known)]
+    assert [known for known in unheard if re.split("[/_]", known)[-1].strip("*") not in sources] == [], "in no script"
 
 
 def test_weights_and_biases_only_when_asked_for(toy_args, monkeypatch):

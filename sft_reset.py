@@ -704,8 +704,8 @@ class Evaluator(nn.Module):
             self.margins = [float(max(excess, 0.0) + error) for excess, error in errors]
 
         # Let the learner go while its probes gain, hold it where they lose or surprise [D8]
-        recent, calm = probes[-enough:], log.get("calibration", math.inf) <= args.calibration_limit
-        free = self.most_hold == 0 or (calm and len(controls) >= enough and net[recent].sum() > 0)
+        gaining = min(len(controls), len(probes)) >= enough and net[probes[-enough:]].sum() > 0
+        free = self.most_hold == 0 or (self.stable and gaining)
         learner.hold.mul_(0.97 if free else 1.1).clamp_(max=self.most_hold)
 
         # Policy evaluation [D7]
@@ -767,7 +767,8 @@ class Evaluator(nn.Module):
         return prediction | {"stable_share": share, "replaced": self.replaced, "resets": self.resets}
 
     def get_extra_state(self) -> dict:  # part of state_dict
-        plain = {key: value for key, value in vars(self).items() if isinstance(value, bool | int | float | str | list)}
+        types = bool | int | float | str | list
+        plain = {key: value for key, value in vars(self).items() if isinstance(value, types) and key != "segment"}
         return copy.deepcopy(plain) | {"optimizer": self.optimizer.state_dict()}
 
     def set_extra_state(self, state: dict) -> None:

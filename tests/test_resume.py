@@ -1,5 +1,6 @@
 """A run that was killed and resumed ends with the numbers of one that was not, to the last bit."""
 
+import importlib
 import json
 import os
 import random
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, SCRIPTS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
@@ -272,3 +273,30 @@ def test_offline_checkpoint_starts_from_the_same_agent(toy_args):
 def test_offline_checkpoint_equals_continuing(toy_args):
     folder, other = from_offline_checkpoint(toy_args)
     assert_equal_runs(folder, other)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_every_script_resumes_online_to_the_same_numbers(script, toy_args, tmp_path, monkeypatch):
+    module = importlib.import_module(script.stem)
+    args = toy_args | {"online_steps": 240, "save_every": 60}
+    args |= {"warmup_steps": 40, "tolerance": 50.0} if script.stem == "jsrl_gated" else {}  # the gate is to move
+    whole = module.train(module.Args(**args | {"run_dir": str(tmp_path / "whole")}))
+    save = module.Run.save
+
+    def crash(self):
+        save(self)
+        if self.progress["online_step"] >= 120:
+            raise Crash
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.Run, "save", crash)
+        with pytest.raises(Crash):
+            module.train(module.Args(**args))
+    resumed = module.train(module.Args(**args | {"resume": True}))
+    same = [key for key in whole if key not in ("seconds", "updates_per_second")]
+    assert {key: whole[key] for key in same} == {key: resumed[key] for key in same}
+    folders = tmp_path / "whole", Path(args["run_dir"])
+    one, other = (torch.load(next(folder.glob("*/online.pt")), weights_only=True) for folder in folders)
+    for part in set(one) & {"agent", "explorer", "learner"}:
+        tensors = [key for key, value in one[part].items() if torch.is_tensor(value)]
+        assert tensors and all(torch.equal(one[part][key], other[part][key]) for key in tensors)

@@ -857,7 +857,8 @@ class Run:
             | more
             | {"seconds": seconds}
         )
-        summary |= {"updates_per_second": (args.offline_steps + args.online_steps * args.utd_ratio) / seconds}
+        updates = args.online_steps * args.utd_ratio + (0 if args.offline_checkpoint else args.offline_steps)
+        summary |= {"updates_per_second": updates / seconds}
         summary |= {"versions": {name: version(name) for name in ("torch", "gymnasium", "mujoco", "minari", "numpy")}}
         summary |= {"device": "cuda" if args.cuda else "cpu", "commit": commit.stdout.strip() or None}
         (self.dir / "summary.json").write_text(json.dumps(summary, indent=2))

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,8 @@ def bench(tmp_path):
         def start(self, *args, **env) -> subprocess.Popen:
             env = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"} | env
             pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+            # A shell cannot trap a signal that it was started to ignore, as background jobs are with SIGINT.
+            pipes["preexec_fn"] = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
             return subprocess.Popen([str(tmp_path / "benchmark.sh"), *args], cwd="/", env=env, **pipes)
 
         def __call__(self, *args, **env) -> tuple[int, str]:

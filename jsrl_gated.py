@@ -98,7 +98,7 @@ class Args:
     warmup_steps: int = 5_000  # environment steps that the guide takes first, at least three episodes, without updates
     temperature: float = 0.02  # alpha of SAC, for rewards of about 1 a step [D2]
     anchor: float = 0.4  # weight of the distance to the guide in the explorer's loss at level 0, in units of |Q| [D8]
-    initial_std: float = 0.1  # of the explorer's action before the tanh
+    initial_std: float = 0.1  # of the online learner's action before the tanh
     gate: Literal["confidence", "curriculum", "random", "open", "closed"] = "confidence"  # see Gate.decide
     switch: Literal["horizon", "random"] = "horizon"  # the explorer gets the end of an episode, or segments all over it
     estimator: Literal["advantage", "returns"] = "advantage"  # what the gate compares [D4]
@@ -487,20 +487,19 @@ class Explorer(Agent):
         nn.init.constant_(self.actor.log_std, math.log(args.initial_std))
         self.critic = Critic(obs_dim, action_dim, args.hidden)
         self.trained = list(self.parameters())
-        self.guide_net = copy.deepcopy(self.actor.net).requires_grad_(False)
+        self.anchor_net = copy.deepcopy(self.actor.net).requires_grad_(False)
         self.register_buffer("anchor", torch.zeros(()))  # a tensor: read inside CUDA graphs
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.sources, self.targets = list(self.critic.parameters()), list(self.target_critic.parameters())
         cuda = self.trained[0].is_cuda
         self.optimizer = torch.optim.Adam(self.trained, args.learning_rate, fused=True, capturable=cuda)
 
-    def warm_start(self, guide: Agent) -> None:
-        """Take over the guide's mean action and Q [D3]."""
-        for net in (self.guide_net, self.actor.net):
-            torch._foreach_copy_([p.data for p in net.parameters()], [p.data for p in guide.actor.net.parameters()])
+    def warm_start(self, agent: Agent) -> None:
+        """Take over the offline policy's mean action and Q [D3]."""
+        for net in (self.anchor_net, self.actor.net):
+            torch._foreach_copy_([p.data for p in net.parameters()], [p.data for p in agent.actor.net.parameters()])
         for critic in (self.critic, self.target_critic):
-            critic.load_state_dict(guide.target_critic.state_dict())
-        self.anchor.fill_(self.args.anchor * (self.args.gate != "open"))
+            critic.load_state_dict(agent.target_critic.state_dict())
 
     def sample(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         """An action (n, action_dim) and its log-probability (n,)."""
@@ -520,11 +519,11 @@ class Explorer(Agent):
             backup = batch["reward"] + args.gamma * (1 - batch["terminated"]) * next_v
         critic_loss = (self.critic(obs, batch["action"]) - backup).square().mean()
 
-        # Policy: the lower Q of critics held fixed, the entropy, and closeness to the guide [D8]
+        # Policy: the lower Q of critics held fixed, the entropy, and closeness to the policy it is anchored to [D8]
         action, log_prob = self.sample(obs)
         frozen = {name: p.detach() for name, p in self.critic.named_parameters()}
         q = torch.func.functional_call(self.critic, frozen, (obs, action)).amin(0)
-        distance = (action - torch.tanh(self.guide_net(obs))).square().mean(-1)
+        distance = (action - torch.tanh(self.anchor_net(obs))).square().mean(-1)
         actor_loss = (args.temperature * log_prob - q + self.anchor * q.detach().abs().mean() * distance).mean()
         return {"critic_loss": critic_loss, "actor_loss": actor_loss}
 
@@ -931,6 +930,7 @@ def train(args: Args) -> dict:
             explorer.load_state_dict(copy.deepcopy(agent.state_dict()))
         elif args.warm_start:
             explorer.warm_start(guide)
+            explorer.anchor.fill_(args.anchor * (args.gate != "open"))
         alone = evaluate(explorer.act, eval_env, task, args)["normalized_score"]
         run.log("online", 0, evaluate(deployed, eval_env, task, args) | {"learner_score": alone})
     over, began, first = True, time.time(), progress["online_step"] + 1

@@ -5,7 +5,7 @@
 After Zhao, Li, Lin, "An Improved Stable Fine-Tuning framework for offline-to-online RL" (2025), of which only the
 abstract was public to us: keep the offline evaluation network for action selection until the new one is stable,
 evaluate policies comprehensively, reset parameters periodically. The rest is our reading of the idea. How to read it:
-`Agent` is IQL, the offline learner and then the retained pair of policy and Q, `Learner` the online one (SAC),
+`Agent` is IQL, the offline learner and then the retained pair of policy and Q, `Explorer` the online one (SAC),
 `Evaluator` decides who acts, and `train`, the last function, is the run from top to bottom. Metrics: README.md.
 
 Our choices:
@@ -96,7 +96,7 @@ class Args:
     cuda_graph: bool = False  # replay updates as one captured CUDA graph
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # medium: bfloat16 where the processor has it
     temperature: float = 0.02  # alpha of SAC, for rewards of about 1 a step [D2]
-    learner_std: float = 0.1  # of its action before the tanh, to begin with
+    initial_std: float = 0.1  # of the online learner's action before the tanh
     hold: float = 0.4  # most weight of the distance to the retained policy in its loss, in units of |Q| [D8]
     evaluator: Literal["frozen-until-stable", "offline", "online"] = "frozen-until-stable"  # whose Q selects [D5]
     selection: Literal["greedy", "softmax"] = "greedy"  # softmax: in training, by chance where the promises are close
@@ -480,9 +480,9 @@ class Agent(nn.Module):
         self.optimizer.load_state_dict(state)
 
 
-class Learner(Agent):
-    """SAC (Haarnoja et al. 2018) at a fixed temperature [D2]. Its policy is tanh(Normal(net(s), exp(log_std))), its
-    log_std the same in every state. The update is Agent's; a value network it has none."""
+class Explorer(Agent):
+    """SAC (Haarnoja et al. 2018) at a fixed temperature; the policy is tanh(Normal(net(s), exp(log_std))), its log_std
+    the same in every state. The update is Agent's; a value network it has none."""
 
     algorithm = "sac"
 
@@ -490,11 +490,11 @@ class Learner(Agent):
         nn.Module.__init__(self)
         self.args = args
         self.actor = GaussianActor(obs_dim, action_dim, args.hidden, dropout=0.0)
-        nn.init.constant_(self.actor.log_std, math.log(args.learner_std))
+        nn.init.constant_(self.actor.log_std, math.log(args.initial_std))
         self.critic = Critic(obs_dim, action_dim, args.hidden)
         self.trained = list(self.parameters())
-        self.held_to = copy.deepcopy(self.actor.net).requires_grad_(False)
-        self.register_buffer("hold", torch.zeros(()))  # a tensor: read inside CUDA graphs
+        self.anchor_net = copy.deepcopy(self.actor.net).requires_grad_(False)
+        self.register_buffer("anchor", torch.zeros(()))  # a tensor: read inside CUDA graphs
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.sources, self.targets = list(self.critic.parameters()), list(self.target_critic.parameters())
         cuda = self.trained[0].is_cuda
@@ -502,7 +502,7 @@ class Learner(Agent):
 
     def warm_start(self, agent: Agent) -> None:
         """Take over the offline policy's mean action and Q [D3]."""
-        for net in (self.held_to, self.actor.net):
+        for net in (self.anchor_net, self.actor.net):
             torch._foreach_copy_([p.data for p in net.parameters()], [p.data for p in agent.actor.net.parameters()])
         for critic in (self.critic, self.target_critic):
             critic.load_state_dict(agent.target_critic.state_dict())
@@ -525,12 +525,12 @@ class Learner(Agent):
             backup = batch["reward"] + args.gamma * (1 - batch["terminated"]) * next_v
         critic_loss = (self.critic(obs, batch["action"]) - backup).square().mean()
 
-        # Policy: the lower Q of critics held fixed, the entropy, and closeness to the retained policy [D8]
+        # Policy: the lower Q of critics held fixed, the entropy, and closeness to the policy it is anchored to [D8]
         action, log_prob = self.sample(obs)
         frozen = {name: p.detach() for name, p in self.critic.named_parameters()}
         q = torch.func.functional_call(self.critic, frozen, (obs, action)).amin(0)
-        distance = (action - torch.tanh(self.held_to(obs))).square().mean(-1)
-        actor_loss = (args.temperature * log_prob - q + self.hold * q.detach().abs().mean() * distance).mean()
+        distance = (action - torch.tanh(self.anchor_net(obs))).square().mean(-1)
+        actor_loss = (args.temperature * log_prob - q + self.anchor * q.detach().abs().mean() * distance).mean()
         return {"critic_loss": critic_loss, "actor_loss": actor_loss}
 
     @torch.no_grad()
@@ -563,12 +563,12 @@ def within(measured: dict[str, float], limits: dict[str, float], factor: float) 
 
 
 @torch.no_grad()
-def reset(learner: Learner) -> None:
+def reset(learner: Explorer) -> None:
     """Forget everything, in place, so that a captured graph goes on with the new weights [D9]."""
     for module in [*learner.actor.modules(), *learner.critic.modules()]:
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
-    learner.actor.log_std.fill_(math.log(learner.args.learner_std))
+    learner.actor.log_std.fill_(math.log(learner.args.initial_std))
     torch._foreach_copy_(learner.targets, learner.sources)
     for state in learner.optimizer.state.values():
         torch._foreach_zero_(list(state.values()))
@@ -584,7 +584,7 @@ class Evaluator(nn.Module):
     """Who acts, retained pair or learner, and how good each is: in lists of two the first is of the retained pair. It
     decides between segments of one episode, from what the last ones promised and obtained."""
 
-    def __init__(self, agent: Agent, learner: Learner, args: Args):
+    def __init__(self, agent: Agent, learner: Explorer, args: Args):
         super().__init__()
         self.args = args
         # Copies, which no update reaches: the offline agent, and room for a learner that replaces it.
@@ -621,7 +621,7 @@ class Evaluator(nn.Module):
         return {"offline": 0, "online": 1}.get(self.args.evaluator, int(self.stable))
 
     @torch.no_grad()
-    def propose(self, learner: Learner, obs: np.ndarray, noise: float = 0.0) -> tuple[np.ndarray, list[float]]:
+    def propose(self, learner: Explorer, obs: np.ndarray, noise: float = 0.0) -> tuple[np.ndarray, list[float]]:
         """Both actions (2, action_dim). The gain of the learner's over the retained one that the more doubtful critic
         of either Q promises, then what either Q expects of its own policy's action: four numbers."""
         actions = np.stack([self.retained.act(obs), learner.act(obs, noise=noise)])
@@ -635,12 +635,12 @@ class Evaluator(nn.Module):
         selected = gains[self.active] > self.margins[self.active] + noise
         return {"probe": 1, "control": 0}.get(kind, int(selected))
 
-    def act(self, learner: Learner, obs: np.ndarray, t: int = 0) -> np.ndarray:
+    def act(self, learner: Explorer, obs: np.ndarray, t: int = 0) -> np.ndarray:
         """The deployed action: deterministic, and leaves no trace."""
         actions, gains = self.propose(learner, obs)
         return actions[self.turn(gains)]
 
-    def end_segment(self, learner: Learner) -> None:
+    def end_segment(self, learner: Explorer) -> None:
         """Keep what `self.segment` promised and obtained, as a row of `self.records` [D5] [D6]."""
         columns = [np.array(column, np.float32) for column in zip(*self.segment, strict=True)]
         obs, action, next_obs = (torch.from_numpy(column).to(self.starts.device) for column in columns[:3])
@@ -660,7 +660,7 @@ class Evaluator(nn.Module):
         self.values.append(float(expect(learner.target_critic, learner, self.starts).mean() / self.scale))
         self.probe_steps, self.segments, self.segment = self.probe_steps + own * len(reward), self.segments + 1, []
 
-    def fit(self, learner: Learner, buffer: ReplayBuffer, n: int) -> None:
+    def fit(self, learner: Explorer, buffer: ReplayBuffer, n: int) -> None:
         """n gradient steps of fitted Q evaluation of both policies, going on from the values so far. Each network has
         its own target, so that the spread of the two means something [D7]."""
         for _ in range(n):
@@ -677,7 +677,7 @@ class Evaluator(nn.Module):
             with torch.no_grad():
                 torch._foreach_lerp_(targets, sources, self.args.tau)
 
-    def judge(self, learner: Learner, step: int) -> dict[str, float]:
+    def judge(self, learner: Explorer, step: int) -> dict[str, float]:
         """After a segment: stability, margins, estimates, replacement, reset, and what the next segment is for."""
         args, window, enough, due = self.args, self.args.window, self.args.window // 2, self.args.reset_every
         weight, acted, *promised, gain, critic_error, fitted_error, td_error, probe = np.array(self.records).T
@@ -706,7 +706,7 @@ class Evaluator(nn.Module):
         # Let the learner go while its probes gain, hold it where they lose or surprise [D8]
         gaining = min(len(controls), len(probes)) >= enough and net[probes[-enough:]].sum() > 0
         free = self.most_hold == 0 or (self.stable and gaining)
-        learner.hold.mul_(0.97 if free else 1.1).clamp_(max=self.most_hold)
+        learner.anchor.mul_(0.97 if free else 1.1).clamp_(max=self.most_hold)
 
         # Policy evaluation [D7]
         if min(len(controls), len(probes)) >= enough:
@@ -730,7 +730,7 @@ class Evaluator(nn.Module):
         due = due and step - self.last_reset >= due
         if due and (replaced or not self.active or deployed <= 0 or args.evaluator == "online"):
             reset(learner)
-            learner.hold.fill_(self.most_hold)
+            learner.anchor.fill_(self.most_hold)
             self.records, self.values, self.margins = [row for row in self.records if not row[1]], [], [math.inf] * 2
             self.stable, self.healthy, self.recovering = False, False, True
             self.last_reset, self.resets = step, self.resets + 1
@@ -739,14 +739,14 @@ class Evaluator(nn.Module):
         draw, otherwise = np.random.rand(), "sample" if args.selection == "softmax" else "select"
         control = self.active and draw > 1 - args.control_share
         self.kind = "probe" if self.healthy and draw < args.probe_share else "control" if control else otherwise
-        log |= {"margin": min(self.margins[self.active], self.scale), "hold": learner.hold, "replaced": self.replaced}
+        log |= {"margin": min(self.margins[self.active], self.scale), "hold": learner.anchor, "replaced": self.replaced}
         return log | {"stable": self.stable, "resets": self.resets, "probe_steps": self.probe_steps}
 
-    def replace(self, learner: Learner) -> None:
+    def replace(self, learner: Explorer) -> None:
         """The learner as it is now becomes the retained pair; what was measured against the old one is forgotten."""
         self.score, self.replaced = self.predicted_score(), self.replaced + 1
         self.frozen[1].load_state_dict(learner.state_dict())
-        learner.held_to.load_state_dict(learner.actor.net.state_dict())  # copied into its tensors
+        learner.anchor_net.load_state_dict(learner.actor.net.state_dict())  # copied into its tensors
         for critics in (self.fitted, self.fitted_targets):
             critics[0].load_state_dict(critics[1].state_dict())
         self.records, self.margins, self.estimates[0] = [], [math.inf, math.inf], self.estimates[1]
@@ -979,7 +979,7 @@ def train(args: Args) -> dict:
     buffer = ReplayBuffer(task.data, min(args.buffer_size, args.online_steps), device)
     with device:
         agent = Agent(task.data["obs"].shape[1], task.data["action"].shape[1], args)
-        learner = Learner(task.data["obs"].shape[1], task.data["action"].shape[1], args)
+        learner = Explorer(task.data["obs"].shape[1], task.data["action"].shape[1], args)
         evaluator = Evaluator(agent, learner, args)
     identity = {"algorithm": agent.algorithm, "dataset_id": task.dataset_id, "hidden": args.hidden}
     pretrained = args.offline_checkpoint and load_file(Path(args.offline_checkpoint), phase="offline", **identity)
@@ -1023,7 +1023,7 @@ def train(args: Args) -> dict:
         run.log("online", 0, result | {"learner_score": result["normalized_score"]})
         evaluator.begin(agent, [env.reset(seed=2_000_000 + i)[0] for i in range(64)], task, result["normalized_score"])
         learner.warm_start(agent)
-        learner.hold.fill_(evaluator.most_hold)
+        learner.anchor.fill_(evaluator.most_hold)
     over, began, first = True, time.time(), progress["online_step"] + 1
     bar = tqdm(range(first, args.online_steps + 1), "online")
     for step in bar:

@@ -239,10 +239,10 @@ def test_updates_leave_the_guide_alone_and_move_the_target_by_tau():
     guide = copy.deepcopy(agent).requires_grad_(False)
     explorer.warm_start(guide)
     before, target = copy.deepcopy(list(guide.parameters())), copy.deepcopy(explorer.targets)
-    net = copy.deepcopy(explorer.guide_net)
+    net = copy.deepcopy(explorer.anchor_net)
     explorer.update(buffer.sample(8, 0.0))
     assert all(torch.equal(a, b) for a, b in zip(guide.parameters(), before, strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), explorer.guide_net.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), explorer.anchor_net.parameters(), strict=True))
     for old, new, source in zip(target, explorer.targets, explorer.sources, strict=True):
         torch.testing.assert_close(new, old + 0.1 * (source - old))
     assert not torch.equal(explorer.actor.net[0].weight, net[0].weight)
@@ -281,7 +281,7 @@ def test_sac_losses_by_hand(monkeypatch):
     assert losses["actor_loss"].item() == pytest.approx(0.1 * log_pi - 1.0, abs=1e-5)
 
     explorer.anchor.fill_(0.4)  # a guide that does 0 is 0.5 away; |Q| is 1
-    for p in explorer.guide_net.parameters():
+    for p in explorer.anchor_net.parameters():
         p.data.zero_()
     losses = explorer.loss(batch)
     assert losses["actor_loss"].item() == pytest.approx(0.1 * log_pi - 1.0 + 0.4 * 0.25, abs=1e-5)

@@ -15,7 +15,7 @@ from sft_reset import (
     Args,
     CudaGraph,
     Evaluator,
-    Learner,
+    Explorer,
     ReplayBuffer,
     combine,
     expect,
@@ -43,7 +43,7 @@ def make(**options):
     for i in range(40):
         buffer.add(data["obs"][i], data["action"][i], data["next_obs"][i], 1.0, False)
     agent = Agent(OBS, ACTION, args)
-    learner = Learner(OBS, ACTION, args)
+    learner = Explorer(OBS, ACTION, args)
     evaluator = Evaluator(agent, learner, args)
     task = SimpleNamespace(data=data, reward_scale=1.0, ref_min=0.0, ref_max=100.0)
     evaluator.begin(agent, list(data["obs"][:64]), task, 30.0)
@@ -144,13 +144,13 @@ def test_the_learner_is_let_go_while_stable_and_gaining_and_held_otherwise():
     _, learner, evaluator, _ = make(td_limit=0.1, drift_limit=0.1, calibration_limit=1.0, hold=0.4)
     controls = [row(**CONTROL)] * 4
     for gain, error, factor in ((1.0, 0.0, 0.97), (0.0, 0.0, 1.1), (-1.0, 0.0, 1.1), (1.0, 9.0, 1.1)):
-        learner.hold.fill_(0.1)
+        learner.anchor.fill_(0.1)
         evaluator.stable = False
         judged(evaluator, learner, controls + [row(gain=gain, error=error * evaluator.scale)] * 4)
-        assert float(learner.hold) == pytest.approx(0.1 * factor)
+        assert float(learner.anchor) == pytest.approx(0.1 * factor)
     for _ in range(20):
         judged(evaluator, learner, controls)
-    assert float(learner.hold) == pytest.approx(0.4)  # and no more than that
+    assert float(learner.anchor) == pytest.approx(0.4)  # and no more than that
 
 
 # ---- stability ----
@@ -456,7 +456,7 @@ def test_variants_run(toy_args, options):
 def test_a_captured_graph_goes_on_after_a_reset():
     with torch.device("cuda"):
         args = Args(hidden=8, expectile=0.7, beta=3.0, dropout=0.0)
-        learner = Learner(OBS, ACTION, args)
+        learner = Explorer(OBS, ACTION, args)
         batch = {"obs": torch.randn(16, OBS), "next_obs": torch.randn(16, OBS), "action": torch.zeros(16, ACTION)}
         batch |= {"reward": torch.ones(16), "terminated": torch.zeros(16)}
     update = CudaGraph(lambda: learner.update(batch))

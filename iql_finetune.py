@@ -144,6 +144,7 @@ class Task:
     domain: str
     ref_min: float
     ref_max: float
+    return_range: float  # between the worst and the best episode of the dataset
     reward_scale: float
     reward_bias: float
     obs_mean: np.ndarray
@@ -284,9 +285,11 @@ def load_task(args: Args) -> Task:
         print(f"{dataset_id} has no reference scores; 0 and 100 are returns of {ref_min:.1f} and {ref_max:.1f}")
     for name, value in (args.domain_values["any"] | args.domain_values[domain]).items():
         setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
-    args.reward_scale = float(args.reward_scale or 1000 / max(np.ptp(returns), 1e-6))
+    spread = max(float(np.ptp(returns)), 1e-6)
+    args.reward_scale = float(args.reward_scale or 1000 / spread)
     mean, std = (data["obs"].mean(0), data["obs"].std(0) + 1e-3) if args.normalize_obs else (0 * obs, 0 * obs + 1)
-    task = Task(dataset_id, spec, domain, ref_min, ref_max, args.reward_scale, args.reward_bias, mean, std, data)
+    transforms = (args.reward_scale, args.reward_bias, mean, std)
+    task = Task(dataset_id, spec, domain, ref_min, ref_max, spread, *transforms, data)
     print(
         f"{dataset_id}: {len(last):,} transitions, {len(first):,} episodes ({data['terminated'].sum():,} terminated, "
         f"{data['truncated'].sum():,} truncated), return mean {returns.mean():.1f}, min {returns.min():.1f}, "

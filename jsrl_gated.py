@@ -102,7 +102,7 @@ class Args:
     gate: Literal["confidence", "curriculum", "random", "open", "closed"] = "confidence"  # see Gate.decide
     switch: Literal["horizon", "random"] = "horizon"  # the explorer gets the end of an episode, or segments all over it
     estimator: Literal["advantage", "returns"] = "advantage"  # what the gate compares [D4]
-    tolerance: float = 2.0  # points of normalised score that may be lost
+    tolerance: float = 0.05  # share of the dataset's range of returns that may be lost [D6]
     confidence: float = 0.9  # of each bound [D5]
     # None below: the value of the task's domain.
     expectile: float | None = None  # tau in Eq. 5: 0.5 is SARSA, 1 the maximum over the data's actions
@@ -171,6 +171,7 @@ class Task:
     domain: str
     ref_min: float
     ref_max: float
+    return_range: float  # between the worst and the best episode of the dataset
     reward_scale: float
     reward_bias: float
     obs_mean: np.ndarray
@@ -311,9 +312,11 @@ def load_task(args: Args) -> Task:
         print(f"{dataset_id} has no reference scores; 0 and 100 are returns of {ref_min:.1f} and {ref_max:.1f}")
     for name, value in (args.domain_values["any"] | args.domain_values[domain]).items():
         setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
-    args.reward_scale = float(args.reward_scale or 1000 / max(np.ptp(returns), 1e-6))
+    spread = max(float(np.ptp(returns)), 1e-6)
+    args.reward_scale = float(args.reward_scale or 1000 / spread)
     mean, std = (data["obs"].mean(0), data["obs"].std(0) + 1e-3) if args.normalize_obs else (0 * obs, 0 * obs + 1)
-    task = Task(dataset_id, spec, domain, ref_min, ref_max, args.reward_scale, args.reward_bias, mean, std, data)
+    transforms = (args.reward_scale, args.reward_bias, mean, std)
+    task = Task(dataset_id, spec, domain, ref_min, ref_max, spread, *transforms, data)
     print(
         f"{dataset_id}: {len(last):,} transitions, {len(first):,} episodes ({data['terminated'].sum():,} terminated, "
         f"{data['truncated'].sum():,} truncated), return mean {returns.mean():.1f}, min {returns.min():.1f}, "
@@ -558,6 +561,7 @@ class Gate:
 
     def __init__(self, args: Args, task: Task):
         self.args, self.task = args, task
+        self.tolerance = 100 * args.tolerance * task.return_range / (task.ref_max - task.ref_min)
         self.warm = False  # the guide has acted enough for updates and decisions
         self.level, self.trial = 0.0, 0.0  # what is deployed, what acts in the next training episode [D6]
         self.notch, self.wait, self.patience = 0.2, 0, 1  # next step up; episodes until it; wait after a refutation
@@ -633,7 +637,7 @@ class Gate:
                 bounds(sample, guide, confidence),
                 bounds(sample[-4:], guide, confidence),
             )
-            estimates = recent if upper < -self.args.tolerance else estimate, lower, upper
+            estimates = recent if upper < -self.tolerance else estimate, lower, upper
             base = self.task.score(0.0) + np.mean([sum(gains) for _, gains in self.guide])
             named = {"estimate": estimate, "lower": lower, "upper": upper, "reference": reference}
             log |= {name: base + value for name, value in named.items()} | {
@@ -652,18 +656,18 @@ class Gate:
             self.trial = random.random() if args.gate == "random" else self.level
             return 0
         if args.gate == "curriculum":  # Jump Start's: ten stages, on when an average of five or more is near the best
-            near = len(self.results) >= 5 and estimate >= max(bound for _, bound in self.confirmed) - args.tolerance
+            near = len(self.results) >= 5 and estimate >= max(bound for _, bound in self.confirmed) - self.tolerance
             opens = self.level == 0 or (near and self.level < 1)
             if opens:
                 self.confirmed.append([self.level, estimate])
                 self.level = self.trial = round(self.level + 0.1, 6)
                 self.results = []
             return int(opens)
-        opens = self.trial > self.level and lower > reference - args.tolerance
-        refuted = self.trial > 0 and upper < -args.tolerance
+        opens = self.trial > self.level and lower > reference - self.tolerance
+        refuted = self.trial > 0 and upper < -self.tolerance
         if refuted:
             if self.trial == self.level:  # to where the loss is tolerated, if it is in proportion to the level [D7]
-                share = math.floor(10 * self.level * args.tolerance / -estimate) / 10
+                share = math.floor(10 * self.level * self.tolerance / -estimate) / 10
                 self.level = max(min(share, round(self.level - 0.1, 6)), 0.0)
             self.trial, self.notch = self.level, max(self.notch / 2, 0.1)
             self.wait, self.patience = self.patience, math.ceil(1.5 * self.patience)

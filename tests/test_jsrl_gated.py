@@ -11,7 +11,7 @@ import torch
 
 import jsrl_gated as jsrl
 
-TASK = SimpleNamespace(domain="locomotion", ref_min=0.0, ref_max=100.0, score=lambda r: r)
+TASK = SimpleNamespace(domain="locomotion", ref_min=0.0, ref_max=100.0, return_range=40.0, score=lambda r: r)
 GUIDE = (49, 50, 51, 50, 50)
 
 
@@ -177,7 +177,7 @@ def test_advantage_cancels_what_the_guide_did_before_the_switch():
 
 
 def test_goal_tasks_count_the_first_success_once():
-    gate = make_gate(SimpleNamespace(domain="antmaze", ref_min=0.0, ref_max=1.0, score=lambda r: 100 * r))
+    gate = make_gate(SimpleNamespace(domain="antmaze", ref_min=0.0, ref_max=1.0, return_range=1.0, score=lambda r: 100 * r))
     gate.end(1, 0.0, [0.0] * 5, [0.0, 0.0, 1.0, 0.0, 1.0])
     assert gate.guide[0][1] == [0, 0, 100, 0, 0]
 

@@ -19,9 +19,10 @@ folder are the same text in all four scripts of CleanO2O. Metrics and results: R
      noise: the guide's episodes, each left out of the fit, are measured by it too, and its error is in both means.
 [D5] Bounds: one-sided t interval of the difference of two means, the larger of own and pooled variance on both.
 [D6] `level` is confirmed and deployed; training episodes act at `trial`, one step above or the same. A trial is
-     confirmed when its lower bound is above the reference less the tolerance; the reference is the best lower bound so
-     far up to that level, or the guide. The next step is then twice as large. It is refuted when its upper bound is
-     below the guide less the tolerance: the next one is smaller, and waits longer each time.
+     confirmed, after three episodes at least, when its lower bound is above the reference less the tolerance; the
+     reference is the best lower bound so far up to that level, or the guide. The next step is then twice as large. It
+     is refuted when its upper bound is below the guide less the tolerance: the next one is smaller, and waits longer
+     each time. The tolerance is a share of the dataset's range of returns: noisy tasks have a wide one.
 [D7] `level` closes by the same test of its last four episodes: to where the loss, were it in proportion to the level,
      is tolerated. It is compared with the guide, not with the best so far: closing only leads back to the guide.
 [D8] An explorer that may not act gets no data to correct what it overrates, and falls to nothing behind a closed gate.
@@ -512,6 +513,11 @@ class Explorer(Agent):
         log_slope = 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))  # log of tanh'(u)
         return torch.tanh(u), (-0.5 * z.square() - log_std - 0.5 * math.log(2 * math.pi) - log_slope).sum(-1)
 
+    @torch.compiler.disable  # compiled for a CPU, it stores bool masks of its ReLUs, slower than all the rest together
+    def frozen_critic(self, obs: Tensor, action: Tensor) -> Tensor:
+        frozen = {name: p.detach() for name, p in self.critic.named_parameters()}
+        return torch.func.functional_call(self.critic, frozen, (obs, action))
+
     def loss(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         args, obs = self.args, batch["obs"]
 
@@ -524,8 +530,7 @@ class Explorer(Agent):
 
         # Policy: the lower Q of critics held fixed, the entropy, and closeness to the policy it is anchored to [D8]
         action, log_prob = self.sample(obs)
-        frozen = {name: p.detach() for name, p in self.critic.named_parameters()}
-        q = torch.func.functional_call(self.critic, frozen, (obs, action)).amin(0)
+        q = self.frozen_critic(obs, action).amin(0)
         distance = (action - torch.tanh(self.anchor_net(obs))).square().mean(-1)
         actor_loss = (args.temperature * log_prob - q + self.anchor * q.detach().abs().mean() * distance).mean()
         return {"critic_loss": critic_loss, "actor_loss": actor_loss}
@@ -663,7 +668,7 @@ class Gate:
                 self.level = self.trial = round(self.level + 0.1, 6)
                 self.results = []
             return int(opens)
-        opens = self.trial > self.level and lower > reference - self.tolerance
+        opens = self.trial > self.level and len(self.results) >= 3 and lower > reference - self.tolerance
         refuted = self.trial > 0 and upper < -self.tolerance
         if refuted:
             if self.trial == self.level:  # to where the loss is tolerated, if it is in proportion to the level [D7]

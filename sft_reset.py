@@ -17,7 +17,8 @@ Our choices:
      Batches are half dataset, half online.
 [D4] The learner acts in a state only if both critics of the selecting Q promise more than a margin above the retained
      action: the excess of promised over obtained gains in recent segments, plus its standard error. Ties are the
-     retained pair's.
+     retained pair's. Where the latest selections lost by more than their standard error it acts alone, until they are
+     five windows old.
 [D5] Stable is a new Q whose TD error, drift at fixed states and error of k-step returns in probes are small over a
      window; it stays so until one exceeds twice its limit. Until then the offline Q selects, under the same rule.
 [D6] A gain obtained is a sum of TD errors of the retained policy's fitted Q. Whatever is wrong with that Q shows in the
@@ -97,7 +98,7 @@ class Args:
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # medium: bfloat16 where the processor has it
     temperature: float = 0.02  # alpha of SAC, for rewards of about 1 a step [D2]
     initial_std: float = 0.1  # of the online learner's action before the tanh
-    hold: float = 0.4  # most weight of the distance to the retained policy in its loss, in units of |Q| [D8]
+    hold: float = 0.2  # most weight of the distance to the retained policy in its loss, in units of |Q| [D8]
     evaluator: Literal["frozen-until-stable", "offline", "online"] = "frozen-until-stable"  # whose Q selects [D5]
     selection: Literal["greedy", "softmax"] = "greedy"  # softmax: in training, by chance where the promises are close
     segment_steps: int = 100  # at most; episodes end them too [D1]
@@ -107,7 +108,7 @@ class Args:
     td_limit: float = 0.05  # mean TD error, in units of the mean absolute reward's value [D5]
     drift_limit: float = 0.05  # of values over a window, same unit
     calibration_limit: float = 0.15  # of k-step returns in probes, same unit
-    bound_errors: float = 2.0  # standard errors from an estimate to its lower bound [D7]
+    bound_errors: float = 1.0  # standard errors from an estimate to its lower bound [D7]
     reset_every: int = 20_000  # environment steps; 0: never [D9]
     recovery_ratio: int = 4  # times utd_ratio, from a reset until stable
     # None below: the value of the task's domain.
@@ -518,6 +519,11 @@ class Explorer(Agent):
         log_slope = 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))  # log of tanh'(u)
         return torch.tanh(u), (-0.5 * z.square() - log_std - 0.5 * math.log(2 * math.pi) - log_slope).sum(-1)
 
+    @torch.compiler.disable  # compiled for a CPU, it stores bool masks of its ReLUs, slower than all the rest together
+    def frozen_critic(self, obs: Tensor, action: Tensor) -> Tensor:
+        frozen = {name: p.detach() for name, p in self.critic.named_parameters()}
+        return torch.func.functional_call(self.critic, frozen, (obs, action))
+
     def loss(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         args, obs = self.args, batch["obs"]
 
@@ -530,8 +536,7 @@ class Explorer(Agent):
 
         # Policy: the lower Q of critics held fixed, the entropy, and closeness to the policy it is anchored to [D8]
         action, log_prob = self.sample(obs)
-        frozen = {name: p.detach() for name, p in self.critic.named_parameters()}
-        q = torch.func.functional_call(self.critic, frozen, (obs, action)).amin(0)
+        q = self.frozen_critic(obs, action).amin(0)
         distance = (action - torch.tanh(self.anchor_net(obs))).square().mean(-1)
         actor_loss = (args.temperature * log_prob - q + self.anchor * q.detach().abs().mean() * distance).mean()
         return {"critic_loss": critic_loss, "actor_loss": actor_loss}
@@ -685,7 +690,8 @@ class Evaluator(nn.Module):
         args, window, enough, due = self.args, self.args.window, self.args.window // 2, self.args.reset_every
         weight, acted, *promised, gain, critic_error, fitted_error, td_error, probe = np.array(self.records).T
         controls, mixed = np.flatnonzero(acted == 0)[-2 * window :], np.flatnonzero(acted)[-2 * window :]
-        probes, selected = np.flatnonzero(probe)[-window:], np.flatnonzero((acted > 0) & (probe == 0))[-window:]
+        recent = np.arange(len(acted)) >= len(acted) - 5 * window
+        probes, selected = (np.flatnonzero(x)[-window:] for x in (probe, recent & (acted > 0) & (probe == 0)))
         log, replaced, self.margins = {"learner_share": acted[-1] / weight[-1]}, False, [math.inf, math.inf]
         deployed = 0.0  # gain over the retained policy
 
@@ -705,6 +711,8 @@ class Evaluator(nn.Module):
         if min(len(controls), len(mixed)) >= enough:
             errors = [ratio(promise[mixed] - net[mixed], acted[mixed]) for promise in promised]
             self.margins = [float(max(excess, 0.0) + error) for excess, error in errors]
+        if len(selected) >= enough and ratio(net[selected], weight[selected]).sum() < 0:
+            self.margins = [math.inf, math.inf]
 
         # Let the learner go while its probes gain, hold it where they lose or surprise [D8]
         gaining = min(len(controls), len(probes)) >= enough and net[probes[-enough:]].sum() > 0

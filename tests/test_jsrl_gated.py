@@ -37,7 +37,7 @@ def decisions(history) -> list[int]:
 
 def opened(**args) -> jsrl.Gate:
     gate = make_gate(**args)
-    play(gate, [60] * 8)
+    play(gate, [60] * 11)
     assert gate.level == 1
     return gate
 
@@ -46,17 +46,18 @@ def opened(**args) -> jsrl.Gate:
 
 
 @pytest.mark.parametrize("shift", [0, -1_000])
-def test_a_better_explorer_opens_in_steps_of_doubled_size_two_episodes_each(shift):
-    history = play(make_gate(), [60 + shift] * 10, [g + shift for g in GUIDE])
-    assert [level for level, _, _ in history][5:] == [0.2, 0.2, 0.6, 0.6, 1, 1, 1, 1, 1, 1]  # five of the guide first
-    assert decisions(history) == [0, 1, 0, 1, 0, 1, 0, 0, 0, 0]
-    assert [level for _, _, level in history][5:] == [0, 0.2, 0.2, 0.6, 0.6, 1, 1, 1, 1, 1]  # confirmed, hence deployed
+def test_a_better_explorer_opens_in_steps_of_doubled_size_three_episodes_each(shift):
+    history = play(make_gate(), [60 + shift] * 11, [g + shift for g in GUIDE])
+    levels = [0.2] * 3 + [0.6] * 3 + [1.0] * 5
+    assert [level for level, _, _ in history][5:] == levels  # five of the guide first
+    assert decisions(history) == [0, 0, 1] * 3 + [0, 0]
+    assert [level for _, _, level in history][5:] == [0, 0, *levels[:-2]]  # confirmed, hence deployed
 
 
 @pytest.mark.parametrize("shift", [0, -1_000])
 def test_a_collapse_closes_within_three_episodes(shift):
     gate = make_gate()
-    history = play(gate, [60 + shift] * 10 + [shift] * 3, [g + shift for g in GUIDE])
+    history = play(gate, [60 + shift] * 12 + [shift] * 3, [g + shift for g in GUIDE])
     assert decisions(history)[-3:] == [0, 0, -1] and gate.level == 0 and gate.trial == 0 and gate.wait == 1
 
 
@@ -73,7 +74,7 @@ def test_high_variance_decides_nothing():
 
 def test_ties_open():
     gate = make_gate()
-    assert decisions(play(gate, [50] * 6, [50])) == [0, 1, 0, 1, 0, 1] and gate.level == 1
+    assert decisions(play(gate, [50] * 9, [50])) == [0, 0, 1] * 3 and gate.level == 1
 
 
 def test_one_outlier_neither_closes_nor_opens():
@@ -85,10 +86,10 @@ def test_one_outlier_neither_closes_nor_opens():
 
 def test_a_refuted_trial_leaves_the_deployed_level_and_comes_back_later_and_smaller():
     gate = make_gate()
-    history = play(gate, [60, 60, 20, 20, 60, 60, 60])
-    assert decisions(history) == [0, 1, 0, -1, 0, 0, 1]
-    assert [level for level, _, _ in history][5:] == [0.2, 0.2, 0.6, 0.6, 0.2, 0.4, 0.4]
-    assert [level for _, _, level in history][6:] == [0.2] * 5 + [0.4]  # deployed all along
+    history = play(gate, [60, 60, 60, 20, 20, 60, 60, 60, 60])
+    assert decisions(history) == [0, 0, 1, 0, -1, 0, 0, 0, 1]
+    assert [level for level, _, _ in history][5:] == [0.2, 0.2, 0.2, 0.6, 0.6, 0.2, 0.4, 0.4, 0.4]
+    assert [level for _, _, level in history][7:] == [0.2] * 6 + [0.4]  # deployed all along
 
 
 def test_a_dead_explorer_settles_closed():
@@ -177,7 +178,9 @@ def test_advantage_cancels_what_the_guide_did_before_the_switch():
 
 
 def test_goal_tasks_count_the_first_success_once():
-    gate = make_gate(SimpleNamespace(domain="antmaze", ref_min=0.0, ref_max=1.0, return_range=1.0, score=lambda r: 100 * r))
+    gate = make_gate(
+        SimpleNamespace(domain="antmaze", ref_min=0.0, ref_max=1.0, return_range=1.0, score=lambda r: 100 * r)
+    )
     gate.end(1, 0.0, [0.0] * 5, [0.0, 0.0, 1.0, 0.0, 1.0])
     assert gate.guide[0][1] == [0, 0, 100, 0, 0]
 

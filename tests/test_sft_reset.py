@@ -140,6 +140,18 @@ def test_margin_is_what_promises_exceeded_gains_by_and_grows_with_it():
     assert evaluator.margins == [math.inf, math.inf]  # one segment measures nothing
 
 
+def test_after_selections_that_lost_the_retained_policy_acts_alone_until_they_are_old():
+    _, learner, evaluator, _ = make(bound_errors=1e9)  # never replaced
+    controls, probes = [row(**CONTROL)] * 4, [row(gain=1.0, promised=(1.0, 1.0))] * 4
+    for gain, margin in ((-1.0, math.inf), (1.0, 0.0)):
+        selected = [row(gain=gain, promised=(gain, gain), probe=False)] * 4
+        judged(evaluator, learner, controls + probes + selected)
+        assert evaluator.margins == [margin, margin]
+    lost = [row(gain=-1.0, promised=(-1.0, -1.0), probe=False)] * 4
+    judged(evaluator, learner, lost + [row(**CONTROL)] * 17 + probes)
+    assert evaluator.margins == [0.0, 0.0]  # five windows of four later
+
+
 def test_the_learner_is_let_go_while_stable_and_gaining_and_held_otherwise():
     _, learner, evaluator, _ = make(td_limit=0.1, drift_limit=0.1, calibration_limit=1.0, hold=0.4)
     controls = [row(**CONTROL)] * 4
@@ -257,7 +269,7 @@ def test_end_segment_keeps_gain_errors_and_promises():
 
 def replacement(monkeypatch, learner_value, gain=1.0, deployed=None, stable=True):
     """Whether a learner of this (value, error) replaces a retained pair of value 10."""
-    agent, learner, evaluator, _ = make(**LIMITS)
+    agent, learner, evaluator, _ = make(bound_errors=2.0, **LIMITS)
     answers = iter([(10.0, 0.1), learner_value])
     monkeypatch.setattr("sft_reset.combine", lambda _: next(answers))
     records = [row(**CONTROL)] * 4 + [row(gain=gain, error=0.0 if stable else 9 * evaluator.scale)] * 4

@@ -251,6 +251,17 @@ def find_dataset(args: Args) -> tuple[str, Path, str]:
     return stand_in, path, env
 
 
+def returns_to_go(rewards: list[float], failed: bool, task: Task, gamma: float) -> list[float]:
+    """Of an episode of transformed rewards. One that failed to reach its goal counts as failing for ever after, one of
+    dense rewards cut by its time limit as earning nothing more: too low by gamma^k of the value, k steps before."""
+    if failed:
+        return [task.transform_reward(0.0) / (1 - gamma)] * len(rewards)
+    returns, g = [], 0.0
+    for reward in reversed(rewards):
+        returns.append(g := reward + gamma * g)
+    return returns[::-1]
+
+
 def load_task(args: Args) -> Task:
     """The task with its data checked, described and transformed; `args` gets the domain's value where it has None."""
     dataset_id, path, env = find_dataset(args)
@@ -295,15 +306,12 @@ def load_task(args: Args) -> Task:
         f"{data['truncated'].sum():,} truncated), return mean {returns.mean():.1f}, min {returns.min():.1f}, "
         f"max {returns.max():.1f}, normalised mean {task.score(returns.mean()):.1f}"
     )
-    # Return-to-go of the transformed reward. A goal never reached counts as never reached for ever after; an episode
-    # of dense rewards cut by its time limit as earning nothing more: too low by gamma^k of the value, k steps before.
     data["reward"] = task.transform_reward(data["reward"])
-    data["return_to_go"], g = np.empty(len(last)), 0.0
-    for i in reversed(range(len(last))):
-        data["return_to_go"][i] = g = data["reward"][i] + args.gamma * (0.0 if last[i] else g)
+    episodes = zip(np.split(data["reward"], first[1:]), (returns <= 0) & (domain in GOAL_DOMAINS), strict=True)
+    data["return_to_go"] = np.concatenate(
+        [returns_to_go(r.tolist(), failed, task, args.gamma) for r, failed in episodes]
+    )
     if domain in GOAL_DOMAINS:
-        failed = np.repeat(returns <= 0, np.diff(np.append(first, len(last))))
-        data["return_to_go"][failed] = task.transform_reward(0.0) / (1 - args.gamma)
         data["terminated"] |= data["reward"] > task.transform_reward(0.0)  # see EndAtGoal
     data["action"] = np.clip(2 * (data["action"] - box.low) / (box.high - box.low) - 1, -1 + 1e-5, 1 - 1e-5)  # [D4]
     data["obs"], data["next_obs"] = task.transform_obs(data["obs"]), task.transform_obs(data["next_obs"])
@@ -537,8 +545,10 @@ class Run:
         for name in (*positive, "batch_size", "buffer_size", "hidden"):
             if getattr(args, name) < 1:
                 fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
-        if not 0 < args.gamma < 1:
-            fail(f"--gamma is {args.gamma}; it must lie between 0 and 1")
+        for name in ("gamma", "tau", "dropout", "expectile", "online_share", "confidence"):
+            share = getattr(args, name, None)  # not every script has every one, and None is the task's own
+            if (share is not None and not 0 <= share <= 1) or args.gamma in (0, 1):
+                fail(f"--{name.replace('_', '-')} is {share}; it must lie between 0 and 1")
         if (args.cuda or args.cuda_graph) and not torch.cuda.is_available():
             fail("--cuda and --cuda-graph need a CUDA device, and there is none here; leave them out")
         name = Path(args.env_id).stem if args.env_id.endswith(".hdf5") else args.env_id.replace("/", "_")

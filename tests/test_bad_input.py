@@ -79,6 +79,14 @@ def test_steps_below_one(refuse, name, value):
     assert f"--{name.replace('_', '-')}" in line and str(value) in line
 
 
+@pytest.mark.parametrize("name, value", [
+    ("gamma", 0.0), ("gamma", 1.0), ("gamma", 1.5), ("tau", -0.1), ("expectile", 2.0), ("online_share", 1.1),
+])  # fmt: skip
+def test_shares_outside_0_and_1(refuse, name, value):
+    line = refuse(**{name: value})
+    assert f"--{name.replace('_', '-')}" in line and str(value) in line
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 @pytest.mark.parametrize("flags", [{"cuda": True}, {"cuda_graph": True}, {"cuda": True, "cuda_graph": True}])
 def test_cuda_without_a_device(refuse, flags):

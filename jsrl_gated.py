@@ -28,6 +28,8 @@ folder are the same text in all four scripts of CleanO2O. Metrics and results: R
 [D8] An explorer that may not act gets no data to correct what it overrates, and falls to nothing behind a closed gate.
      So its policy loss holds it to the guide, as TD3+BC (Fujimoto, Gu 2021) does to the data, by a weight that falls
      with the level and is 0 where the gate is open.
+[D9] SAC may lose what it has gained. So an explorer whose lower bound is above its guide by more than the tolerance
+     becomes the guide (--promote): the reference rises to what it returned, and closing leads back to it.
 """
 
 import copy
@@ -105,6 +107,7 @@ class Args:
     estimator: Literal["advantage", "returns"] = "advantage"  # what the gate compares [D4]
     tolerance: float = 0.05  # share of the dataset's range of returns that may be lost [D6]
     confidence: float = 0.9  # of each bound [D5]
+    promote: bool = True  # an explorer that is better than the guide becomes the guide [D9]
     # None below: the value of the task's domain.
     expectile: float | None = None  # tau in Eq. 5: 0.5 is SARSA, 1 the maximum over the data's actions
     beta: float | None = None  # inverse temperature in Eq. 7: 0 is behaviour cloning
@@ -486,6 +489,11 @@ class Agent(nn.Module):
         self.optimizer.load_state_dict(state)
 
 
+def copy_weights(source: nn.Module, *targets: nn.Module) -> None:
+    for target in targets:
+        torch._foreach_copy_([p.data for p in target.parameters()], [p.data for p in source.parameters()])
+
+
 class Explorer(Agent):
     """SAC (Haarnoja et al. 2018) at a fixed temperature; the policy is tanh(Normal(net(s), exp(log_std))), its log_std
     the same in every state. The update is Agent's; a value network it has none."""
@@ -508,8 +516,7 @@ class Explorer(Agent):
 
     def warm_start(self, agent: Agent) -> None:
         """Take over the offline policy's mean action and Q [D3]."""
-        for net in (self.anchor_net, self.actor.net):
-            torch._foreach_copy_([p.data for p in net.parameters()], [p.data for p in agent.actor.net.parameters()])
+        copy_weights(agent.actor.net, self.actor.net, self.anchor_net)
         for critic in (self.critic, self.target_critic):
             critic.load_state_dict(agent.target_critic.state_dict())
 
@@ -579,7 +586,8 @@ class Gate:
         self.level, self.trial = 0.0, 0.0  # what is deployed, what acts in the next training episode [D6]
         self.notch, self.wait, self.patience = 0.2, 0, 1  # next step up; episodes until it; wait after a refutation
         self.length, self.guide = 0.0, []  # median length and the [values, gains] of the guide's latest episodes
-        self.results = []  # [return, return from the switch on, switch, value there] of episodes at `trial`
+        self.results = []  # [values, gains, switch step] of the latest episodes at `trial`
+        self.promoted = False  # whether the latest episode made the explorer the guide [D9]
         self.confirmed = [[0.0, 0.0]]  # [level, lower bound] of what has opened
 
     def state_dict(self) -> dict:
@@ -620,8 +628,9 @@ class Gate:
             inverse = np.linalg.pinv(gram.sum(0) - gram, 1e-9, hermitian=True)
             left_out = np.einsum("mij,mj->mi", inverse, moment.sum(0) - moment)  # each from all episodes but its own
             errors = [g[i][switch] - x[i][switch, :k] @ left_out[i] for i in reached]
-            pairs.append(([tail - features(t, value)[:k] @ weights for _, tail, t, value in self.results], errors))
-        returns = [row[0] for row in self.results], [g[i][0] for i in reached]
+            own = [sum(gains[t:]) - features(t, values[t])[:k] @ weights for values, gains, t in self.results]
+            pairs.append((own, errors))
+        returns = [sum(gains) for _, gains, _ in self.results], [g[i][0] for i in reached]
         return {"advantage": min(pairs, key=lambda pair: np.var(pair[1])), "returns": returns}
 
     def end(self, step: int, level: float, values: list[float], gains: list[float]) -> dict[str, float]:
@@ -635,30 +644,28 @@ class Gate:
             self.guide = [*self.guide, [values, gains]][-30:]
             self.length = float(np.median([len(values) for values, _ in self.guide]))
         elif len(gains) > switch:  # an episode that ended before says nothing about the explorer
-            self.results = [*self.results, [sum(gains), sum(gains[switch:]), switch, values[switch]]][-10:]
+            self.results = [*self.results, [values, gains, switch]][-10:]
         self.warm = self.warm or (step >= self.args.warmup_steps and len(self.guide) >= 3)
         log, estimates, decision = {"trial": level, "switch_step": switch}, (0.0, -math.inf, math.inf), 0
-        reference, confidence = (
-            max(bound for opened, bound in self.confirmed if opened <= self.trial),
-            self.args.confidence,
-        )
+        reference, confidence = max(b for opened, b in self.confirmed if opened <= self.trial), self.args.confidence
         if self.warm and len(self.results) >= 2:
             pairs = self.samples()
             log |= {f"width_{name}": np.ptp(bounds(*pair, confidence)[1:]) for name, pair in pairs.items()}
             sample, guide = pairs[self.args.estimator]
-            (estimate, lower, _), (recent, _, upper) = (
-                bounds(sample, guide, confidence),
-                bounds(sample[-4:], guide, confidence),
-            )
+            estimate, lower, _ = bounds(sample, guide, confidence)
+            recent, _, upper = bounds(sample[-4:], guide, confidence)
             estimates = recent if upper < -self.tolerance else estimate, lower, upper
             base = self.task.score(0.0) + np.mean([sum(gains) for _, gains in self.guide])
             named = {"estimate": estimate, "lower": lower, "upper": upper, "reference": reference}
-            log |= {name: base + value for name, value in named.items()} | {
-                "calibration": np.mean(pairs["advantage"][1])
-            }
+            log |= {name: base + value for name, value in named.items()}
+            log["calibration"] = np.mean(pairs["advantage"][1])
         if self.warm:
             decision = self.decide(*estimates, reference)
-        log |= {"level": self.level, "decision": decision}
+        better = self.level == 1 and len(self.results) >= 5 and estimates[1] > self.tolerance
+        self.promoted = bool(better and self.args.promote and self.args.gate == "confidence")
+        if self.promoted:
+            self.guide, self.results, self.confirmed = [row[:2] for row in self.results], [], [[0.0, 0.0]]
+        log |= {"level": self.level, "decision": decision, "promoted": self.promoted}
         return {f"gate/{name}": value for name, value in log.items()}
 
     def decide(self, estimate: float, lower: float, upper: float, reference: float) -> int:
@@ -904,11 +911,11 @@ def train(args: Args) -> dict:
         agent = Agent(task.data["obs"].shape[1], task.data["action"].shape[1], args)
         learner = {"sac": Explorer, "iql": Agent}[args.explorer]
         explorer = learner(task.data["obs"].shape[1], task.data["action"].shape[1], args)
-    gate = Gate(args, task)
+    guide, gate = copy.deepcopy(agent).requires_grad_(False), Gate(args, task)
     identity = {"algorithm": agent.algorithm, "dataset_id": task.dataset_id, "hidden": args.hidden}
     pretrained = args.offline_checkpoint and load_file(Path(args.offline_checkpoint), phase="offline", **identity)
     args.offline_steps = pretrained["offline_steps"] if pretrained else args.offline_steps
-    run.start(agent=agent, buffer=buffer, explorer=explorer, gate=gate)
+    run.start(agent=agent, buffer=buffer, explorer=explorer, guide=guide, gate=gate)
     progress, eval_env = run.progress, task.make_env(run.dir / "videos" if args.capture_video else None)
 
     # ---- offline ----
@@ -938,13 +945,13 @@ def train(args: Args) -> dict:
         torch.manual_seed(args.seed)  # online as a run that starts from this offline.pt
 
     # ---- online ----
-    guide = copy.deepcopy(agent).requires_grad_(False)  # [D1]
     if args.compile:
         explorer.loss = torch.compile(explorer.loss)
     env, update = task.make_env(), partial(run_updates, explorer, buffer, args.utd_ratio, 0.5)  # [D3]
     update = CudaGraph(update) if args.cuda_graph else update
     deployed = partial(gate.act, guide, explorer)
     if not progress["steps"]:
+        guide.load_state_dict(copy.deepcopy(agent.state_dict()))  # [D1]
         if args.warm_start and args.explorer == "iql":
             explorer.load_state_dict(copy.deepcopy(agent.state_dict()))
         elif args.warm_start:
@@ -978,6 +985,10 @@ def train(args: Args) -> dict:
             values = guide.value(torch.from_numpy(np.stack(states)).to(device)).squeeze(-1).tolist()
             decided = gate.end(step, level, values, gains) | {"gate/explorer_share": np.mean(explored)}
             run.log("online", step, {"episodic_return": episode_return} | decided)
+            if gate.promoted:  # [D9]
+                copy_weights(
+                    explorer.actor.net, guide.actor.net, *([explorer.anchor_net] if args.explorer == "sac" else [])
+                )
             if args.explorer == "sac" and args.warm_start and gate.warm:  # [D8]
                 explorer.anchor.lerp_(torch.tensor(args.anchor * (1 - gate.level), device=device), 0.2)
             progress["episode"] += 1
@@ -985,10 +996,8 @@ def train(args: Args) -> dict:
                 run.save()
 
     # ---- finish ----
-    save_file(
-        run.dir / "online.pt",
-        identity | {"phase": "online", "agent": agent.state_dict(), "explorer": explorer.state_dict()},
-    )
+    parts = {"agent": agent.state_dict(), "explorer": explorer.state_dict(), "guide": guide.state_dict()}
+    save_file(run.dir / "online.pt", identity | {"phase": "online"} | parts)
     return run.finish(task)
 
 

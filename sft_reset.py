@@ -27,9 +27,11 @@ Our choices:
      correction by gains obtained. A learner is retained when its lower bound is above the estimate of the pair so far
      and, when last probed, it gained no less than what is deployed.
 [D8] A learner that may rarely act gets few data to correct what it overrates. So its policy loss holds it to the
-     retained policy, as TD3+BC (Fujimoto, Gu 2021) does to the data: less while its probes gain, more while not.
+     retained policy, as TD3+BC (Fujimoto, Gu 2021) does to the data: less while it is stable and its probes gain, more
+     while not.
 [D9] A reset waits until nothing deployed depends on the learner: just after it was retained, or while what is deployed
-     gains nothing by it. Then it starts from nothing, with more updates a step until its Q is stable again.
+     gains nothing by it. Then it starts from nothing, with more updates a step until its Q is stable again or half of
+     the time to the next reset is over.
 """
 
 import copy
@@ -492,6 +494,11 @@ class Agent(nn.Module):
         self.optimizer.load_state_dict(state)
 
 
+def copy_weights(source: nn.Module, *targets: nn.Module) -> None:
+    for target in targets:
+        torch._foreach_copy_([p.data for p in target.parameters()], [p.data for p in source.parameters()])
+
+
 class Explorer(Agent):
     """SAC (Haarnoja et al. 2018) at a fixed temperature; the policy is tanh(Normal(net(s), exp(log_std))), its log_std
     the same in every state. The update is Agent's; a value network it has none."""
@@ -514,8 +521,7 @@ class Explorer(Agent):
 
     def warm_start(self, agent: Agent) -> None:
         """Take over the offline policy's mean action and Q [D3]."""
-        for net in (self.anchor_net, self.actor.net):
-            torch._foreach_copy_([p.data for p in net.parameters()], [p.data for p in agent.actor.net.parameters()])
+        copy_weights(agent.actor.net, self.actor.net, self.anchor_net)
         for critic in (self.critic, self.target_critic):
             critic.load_state_dict(agent.target_critic.state_dict())
 
@@ -611,7 +617,7 @@ class Evaluator(nn.Module):
         self.register_buffer("starts", torch.zeros(64, agent.value[0].in_features))  # observations that begin episodes
         # From here on what is a number, a string or a list is saved with the networks.
         self.most_hold = 0.0 if args.evaluator == "online" else args.hold
-        self.kind, self.stable, self.healthy, self.recovering = "select", False, False, False
+        self.kind, self.stable, self.recovering = "select", False, False
         self.replaced = self.resets = self.last_reset = self.segments = self.stable_segments = self.probe_steps = 0
         self.records, self.segment, self.values, self.history = [], [], [], []
         self.margins, self.estimates = [math.inf, math.inf], [[0.0, 0.0], [0.0, 0.0]]  # value and its standard error
@@ -671,9 +677,12 @@ class Evaluator(nn.Module):
         with torch.no_grad():
             td_error = np.abs(backup - learner.target_critic(obs, action).mean(0).cpu().numpy()).mean() / self.scale
         promised = (discount * acted) @ gains[:, :2]
-        row = [discount.sum(), discount @ acted, *promised, gain, critic_error, fitted_error, td_error, own]
+        alone = self.kind == "control" or math.isinf(self.margins[self.active])  # only the retained policy could act
+        role = 1 if own else -1 if alone else 0
+        row = [discount.sum(), discount @ acted, *promised, gain, critic_error, fitted_error, td_error, role]
         self.records = [*self.records[-50 * self.args.window :], [float(number) for number in row]]
-        self.values.append(float(expect(learner.target_critic, learner, self.starts).mean() / self.scale))
+        value = float(expect(learner.target_critic, learner, self.starts).mean() / self.scale)
+        self.values = [*self.values[-self.args.window :], value]
         self.probe_steps, self.segments, self.segment = self.probe_steps + own * len(reward), self.segments + 1, []
 
     def fit(self, learner: Explorer, buffer: ReplayBuffer, n: int) -> None:
@@ -696,10 +705,10 @@ class Evaluator(nn.Module):
     def judge(self, learner: Explorer, step: int) -> dict[str, float]:
         """After a segment: stability, margins, estimates, replacement, reset, and what the next segment is for."""
         args, window, enough, due = self.args, self.args.window, self.args.window // 2, self.args.reset_every
-        weight, acted, *promised, gain, critic_error, fitted_error, td_error, probe = np.array(self.records).T
-        controls, mixed = np.flatnonzero(acted == 0)[-2 * window :], np.flatnonzero(acted)[-2 * window :]
-        recent = np.arange(len(acted)) >= len(acted) - 5 * window
-        probes, selected = (np.flatnonzero(x)[-window:] for x in (probe, recent & (acted > 0) & (probe == 0)))
+        weight, acted, *promised, gain, critic_error, fitted_error, td_error, role = np.array(self.records).T
+        controls, mixed = (np.flatnonzero(rows)[-2 * window :] for rows in (role < 0, acted > 0))
+        recent = np.arange(len(role)) >= len(role) - 5 * window
+        probes, selected = (np.flatnonzero(rows)[-window:] for rows in (role > 0, recent & (role == 0)))
         log, replaced, self.margins = {"learner_share": acted[-1] / weight[-1]}, False, [math.inf, math.inf]
         deployed = 0.0  # gain over the retained policy
 
@@ -709,23 +718,26 @@ class Evaluator(nn.Module):
         if len(probes) >= enough:
             log["calibration"] = np.abs(ratio(critic_error[probes] / self.scale, np.ones(len(probes)))).sum()
         limits = {"td_error": args.td_limit, "drift": args.drift_limit}
-        self.healthy = within(log, limits, 2.0)
+        healthy = within(log, limits, 2.0)
         self.stable = within(log, limits | {"calibration": args.calibration_limit}, 2.0 if self.stable else 1.0)
         self.stable_segments += self.stable
         self.recovering = self.recovering and not self.stable and step - self.last_reset < due // 2
 
         # Margins [D4]; the retained policy gains nothing over itself [D6]
-        net = gain - ratio(gain[controls], weight[controls])[0] * weight
+        bias, doubt = ratio(gain[controls], weight[controls])
+        net = gain - bias * weight
         if min(len(controls), len(mixed)) >= enough:
             errors = [ratio(promise[mixed] - net[mixed], acted[mixed]) for promise in promised]
-            self.margins = [float(max(excess, 0.0) + error) for excess, error in errors]
-        if len(selected) >= enough and ratio(net[selected], weight[selected]).sum() < 0:
-            self.margins = [math.inf, math.inf]
+            doubts = doubt * weight[mixed].sum() / acted[mixed].sum()
+            self.margins = [float(max(excess, 0.0) + math.hypot(error, doubts)) for excess, error in errors]
+        if min(len(controls), len(selected)) >= enough:
+            obtained, error = ratio(net[selected], weight[selected])
+            self.margins = [math.inf, math.inf] if obtained + math.hypot(error, doubt) < 0 else self.margins
 
         # Let the learner go while its probes gain, hold it where they lose or surprise [D8]
         gaining = min(len(controls), len(probes)) >= enough and net[probes[-enough:]].sum() > 0
-        free = self.most_hold == 0 or (self.stable and gaining)
-        learner.anchor.mul_(0.97 if free else 1.1).clamp_(max=self.most_hold)
+        rate = 0.97 if self.stable and gaining else 1.1
+        learner.anchor.mul_(rate).clamp_(self.most_hold / 50, self.most_hold)
 
         # Policy evaluation [D7]
         if min(len(controls), len(probes)) >= enough:
@@ -747,17 +759,18 @@ class Evaluator(nn.Module):
 
         # Reset: due, and nothing deployed depends on the learner [D9]
         due = due and step - self.last_reset >= due
-        if due and (replaced or not self.active or deployed <= 0 or args.evaluator == "online"):
+        if due and (replaced or deployed <= 0 or args.evaluator == "online"):
             reset(learner)
             learner.anchor.fill_(self.most_hold)
-            self.records, self.values, self.margins = [row for row in self.records if not row[1]], [], [math.inf] * 2
-            self.stable, self.healthy, self.recovering = False, False, True
+            self.records, self.values, self.margins = [row for row in self.records if row[-1] < 0], [], [math.inf] * 2
+            self.estimates[1] = [math.inf, math.inf]  # not known of the new learner
+            self.stable, healthy, self.recovering = False, False, True
             self.last_reset, self.resets = step, self.resets + 1
         if args.evaluator == "online":
             self.margins[1] = 0.0  # nothing is retained
         draw, otherwise = np.random.rand(), "sample" if args.selection == "softmax" else "select"
-        control = self.active and draw > 1 - args.control_share
-        self.kind = "probe" if self.healthy and draw < args.probe_share else "control" if control else otherwise
+        control = math.isfinite(self.margins[self.active]) and draw > 1 - args.control_share
+        self.kind = "probe" if healthy and draw < args.probe_share else "control" if control else otherwise
         log |= {"margin": min(self.margins[self.active], self.scale), "hold": learner.anchor, "replaced": self.replaced}
         return log | {"stable": self.stable, "resets": self.resets, "probe_steps": self.probe_steps}
 
@@ -778,10 +791,11 @@ class Evaluator(nn.Module):
         """For summary.json; rank correlation and bias are those of the learner's predicted scores."""
         from scipy.stats import spearmanr  # here, so that all scripts import the same on top
 
-        predicted, true = np.array(self.history).T
-        known = len(self.history) > 2 and np.ptp(predicted) > 0 and np.ptp(true) > 0
+        predicted, true = np.array(self.history).reshape(-1, 2).T
+        known = len(predicted) > 2 and np.ptp(predicted) > 0 and np.ptp(true) > 0
         prediction = {"rank_correlation": float(spearmanr(predicted, true).statistic) if known else None}
-        prediction |= {"prediction_bias": float(np.mean(predicted - true)), "probe_steps": self.probe_steps}
+        prediction["prediction_bias"] = float(np.mean(predicted - true)) if self.history else None
+        prediction["probe_steps"] = self.probe_steps
         share = self.stable_segments / max(self.segments, 1)
         return prediction | {"stable_share": share, "replaced": self.replaced, "resets": self.resets}
 
@@ -1069,8 +1083,10 @@ def train(args: Args) -> dict:
         if step % args.eval_every == 0 or step == args.online_steps:
             result = evaluate(partial(evaluator.act, learner), eval_env, task, args)
             result["learner_score"] = evaluate(learner.act, eval_env, task, args)["normalized_score"]
-            result["predicted_score"] = evaluator.predicted_score()
-            evaluator.history.append([result["predicted_score"], float(result["learner_score"])])
+            predicted = evaluator.predicted_score()
+            if math.isfinite(predicted):
+                result["predicted_score"] = predicted
+                evaluator.history.append([predicted, float(result["learner_score"])])
             run.log("online", step, result | {"charts/SPS": (step + 1 - first) / (time.time() - began)}, losses)
             bar.set_postfix(score=f"{result['normalized_score']:.1f}", learner=f"{result['learner_score']:.1f}")
         if over:

@@ -16,7 +16,7 @@ GUIDE = (49, 50, 51, 50, 50)
 
 
 def make_gate(task=TASK, **args) -> jsrl.Gate:
-    return jsrl.Gate(jsrl.Args(**{"warmup_steps": 50, "estimator": "returns"} | args), task)
+    return jsrl.Gate(jsrl.Args(**{"warmup_steps": 50, "estimator": "returns", "promote": False} | args), task)
 
 
 def play(gate: jsrl.Gate, explorer: list[float], guide=GUIDE, steps: int = 10) -> list[tuple[float, int, float]]:
@@ -103,6 +103,19 @@ def test_a_dead_explorer_settles_closed():
     assert sum(acted[20:]) > 0
 
 
+def test_a_clearly_better_explorer_becomes_the_guide():
+    gate = make_gate(promote=True)
+    play(gate, [60] * 10)
+    assert gate.level == 1 and not gate.promoted  # four episodes at level 1
+    play(gate, [60])
+    assert gate.promoted and gate.results == [] and [sum(gains) for _, gains in gate.guide] == [60] * 5
+    play(gate, [55, 55, 55, 55])  # better than the first guide, worse than the second
+    assert gate.level < 1 and not gate.promoted
+    gate = make_gate(promote=True)
+    play(gate, [51] * 30)  # better by less than the tolerance of 2
+    assert gate.level == 1 and len(gate.guide) == 5 and np.mean([sum(gains) for _, gains in gate.guide]) == 50
+
+
 def play_one(gate: jsrl.Gate, dead: bool) -> float:
     level, rng = gate.next_level(), np.random.default_rng(len(gate.guide))
     total = 50 * (1 - level) if level and dead else 50 + rng.normal()
@@ -122,7 +135,7 @@ def test_reference_only_rises():
 
 
 def returns_only(gate: jsrl.Gate) -> dict:
-    pair = [row[0] for row in gate.results], [sum(gains) for _, gains in gate.guide]
+    pair = [sum(gains) for _, gains, _ in gate.results], [sum(gains) for _, gains in gate.guide]
     return {"returns": pair, "advantage": pair}
 
 

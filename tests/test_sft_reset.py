@@ -53,7 +53,8 @@ def make(**options):
 
 def row(gain=0.0, promised=(0.0, 0.0), acted=True, probe=True, error=0.0, td_error=0.0, weight=1.0):
     """A segment of `weight` discounted steps: what `Evaluator.records` keeps of it."""
-    return [weight, weight * acted, *promised, gain, error, error, td_error, float(probe)]
+    role = 1.0 if probe else 0.0 if acted else -1.0
+    return [weight, weight * acted, *promised, gain, error, error, td_error, role]
 
 
 CONTROL = {"acted": False, "probe": False}
@@ -132,7 +133,7 @@ def test_margin_is_what_promises_exceeded_gains_by_and_grows_with_it():
     controls = [row(gain=g, **CONTROL) for g in (1.0, 3.0, 1.0, 3.0)]  # the fitted Q is off by 2 a step: no gain
     good = [row(gain=g, promised=(1.5, 0.5)) for g in (3.0, 2.0, 3.0, 2.0)]  # gains of 1, 0, 1, 0
     judged(evaluator, learner, controls + good)
-    error = math.sqrt(4 / 3 * 4 * 0.25) / 4
+    error = math.hypot(math.sqrt(4 / 3 * 4 * 0.25) / 4, math.sqrt(4 / 3 * 4) / 4)  # theirs and the controls'
     assert evaluator.margins == pytest.approx([1.0 + error, 0.0 + error])
     judged(evaluator, learner, controls + [row(gain=g - 1, promised=(1.5, 0.5)) for g in (3.0, 2.0, 3.0, 2.0)])
     assert evaluator.margins == pytest.approx([2.0 + error, 1.0 + error])

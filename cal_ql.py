@@ -305,7 +305,7 @@ def load_task(args: Args) -> Task:
     first = np.append(0, np.flatnonzero(last)[:-1] + 1)
     returns = np.add.reduceat(data["reward"], first, dtype=np.float64)
     returns = np.minimum(returns, 1) if domain in GOAL_DOMAINS else returns
-    ref_min, ref_max = (returns.min(), returns.max()) if ref_max is None else (ref_min, ref_max)
+    ref_min, ref_max = (float(returns.min()), float(returns.max())) if ref_max is None else (ref_min, ref_max)
     if path.suffix != ".hdf5" and meta.get("ref_max_score") is None:
         print(f"{dataset_id} has no reference scores; 0 and 100 are returns of {ref_min:.1f} and {ref_max:.1f}")
     for name, value in (args.domain_values["any"] | args.domain_values[domain]).items():
@@ -619,8 +619,8 @@ class Run:
 
     def __init__(self, args: Args):
         positive = ("offline_steps", "online_steps", "eval_every", "eval_episodes", "save_every", "utd_ratio")
-        for name in (*positive, "batch_size", "buffer_size", "hidden"):
-            if getattr(args, name) < 1:
+        for name in (*positive, "batch_size", "buffer_size", "hidden", "segment_steps", "window", "recovery_ratio"):
+            if getattr(args, name, 1) < 1:
                 fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
         for name in ("gamma", "tau", "dropout", "expectile", "online_share", "confidence"):
             share = getattr(args, name, None)  # not every script has every one, and None is the task's own
@@ -769,14 +769,15 @@ def train(args: Args) -> dict:
     if not progress["steps"]:  # not where a resumed run is online already
         offline = {"phase": "offline", "offline_steps": args.offline_steps, "agent": agent.state_dict()}
         save_file(run.dir / "offline.pt", identity | offline)
-        progress["offline_score"] = evaluate(agent.act, eval_env, task, args)["normalized_score"]
+        result = evaluate(agent.act, eval_env, task, args)
+        progress["offline_score"] = result["normalized_score"]
         torch.manual_seed(args.seed)  # online as a run that starts from this offline.pt
 
     # ---- online ----
     env, update = task.make_env(), partial(run_updates, agent, buffer, args.utd_ratio, 1 - args.mixing_ratio)
     update = CudaGraph(update) if args.cuda_graph else update
     if not progress["steps"]:
-        run.log("online", 0, evaluate(agent.act, eval_env, task, args))
+        run.log("online", 0, result)
     over, began, first = True, time.time(), progress["online_step"] + 1
     bar = tqdm(range(first, args.online_steps + 1), "online")
     for step in bar:

@@ -322,7 +322,7 @@ def load_task(args: Args) -> Task:
     first = np.append(0, np.flatnonzero(last)[:-1] + 1)
     returns = np.add.reduceat(data["reward"], first, dtype=np.float64)
     returns = np.minimum(returns, 1) if domain in GOAL_DOMAINS else returns
-    ref_min, ref_max = (returns.min(), returns.max()) if ref_max is None else (ref_min, ref_max)
+    ref_min, ref_max = (float(returns.min()), float(returns.max())) if ref_max is None else (ref_min, ref_max)
     if path.suffix != ".hdf5" and meta.get("ref_max_score") is None:
         print(f"{dataset_id} has no reference scores; 0 and 100 are returns of {ref_min:.1f} and {ref_max:.1f}")
     for name, value in (args.domain_values["any"] | args.domain_values[domain]).items():
@@ -497,8 +497,6 @@ def copy_weights(source: nn.Module, *targets: nn.Module) -> None:
 class Explorer(Agent):
     """SAC (Haarnoja et al. 2018) at a fixed temperature; the policy is tanh(Normal(net(s), exp(log_std))), its log_std
     the same in every state. The update is Agent's; a value network it has none."""
-
-    algorithm = "sac"
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         nn.Module.__init__(self)
@@ -788,8 +786,8 @@ class Run:
 
     def __init__(self, args: Args):
         positive = ("offline_steps", "online_steps", "eval_every", "eval_episodes", "save_every", "utd_ratio")
-        for name in (*positive, "batch_size", "buffer_size", "hidden"):
-            if getattr(args, name) < 1:
+        for name in (*positive, "batch_size", "buffer_size", "hidden", "segment_steps", "window", "recovery_ratio"):
+            if getattr(args, name, 1) < 1:
                 fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
         for name in ("gamma", "tau", "dropout", "expectile", "online_share", "confidence"):
             share = getattr(args, name, None)  # not every script has every one, and None is the task's own
@@ -941,7 +939,8 @@ def train(args: Args) -> dict:
     if not progress["steps"]:  # not where a resumed run is online already
         offline = {"phase": "offline", "offline_steps": args.offline_steps, "agent": agent.state_dict()}
         save_file(run.dir / "offline.pt", identity | offline)
-        progress["offline_score"] = evaluate(agent.act, eval_env, task, args)["normalized_score"]
+        result = evaluate(agent.act, eval_env, task, args)
+        progress["offline_score"] = result["normalized_score"]
         torch.manual_seed(args.seed)  # online as a run that starts from this offline.pt
 
     # ---- online ----
@@ -958,7 +957,7 @@ def train(args: Args) -> dict:
             explorer.warm_start(guide)
             explorer.anchor.fill_(args.anchor * (args.gate != "open"))
         alone = evaluate(explorer.act, eval_env, task, args)["normalized_score"]
-        run.log("online", 0, evaluate(deployed, eval_env, task, args) | {"learner_score": alone})
+        run.log("online", 0, result | {"learner_score": alone})
     over, began, first = True, time.time(), progress["online_step"] + 1
     bar = tqdm(range(first, args.online_steps + 1), "online")
     for step in bar:
@@ -996,8 +995,9 @@ def train(args: Args) -> dict:
                 run.save()
 
     # ---- finish ----
-    parts = {"agent": agent.state_dict(), "explorer": explorer.state_dict(), "guide": guide.state_dict()}
-    save_file(run.dir / "online.pt", identity | {"phase": "online"} | parts)
+    parts = {"agent": agent, "explorer": explorer, "guide": guide, "gate": gate}
+    online = {name: part.state_dict() for name, part in parts.items()} | {"phase": "online"} | identity
+    save_file(run.dir / "online.pt", online)
     return run.finish(task)
 
 

@@ -327,7 +327,7 @@ def load_task(args: Args) -> Task:
     first = np.append(0, np.flatnonzero(last)[:-1] + 1)
     returns = np.add.reduceat(data["reward"], first, dtype=np.float64)
     returns = np.minimum(returns, 1) if domain in GOAL_DOMAINS else returns
-    ref_min, ref_max = (returns.min(), returns.max()) if ref_max is None else (ref_min, ref_max)
+    ref_min, ref_max = (float(returns.min()), float(returns.max())) if ref_max is None else (ref_min, ref_max)
     if path.suffix != ".hdf5" and meta.get("ref_max_score") is None:
         print(f"{dataset_id} has no reference scores; 0 and 100 are returns of {ref_min:.1f} and {ref_max:.1f}")
     for name, value in (args.domain_values["any"] | args.domain_values[domain]).items():
@@ -502,8 +502,6 @@ def copy_weights(source: nn.Module, *targets: nn.Module) -> None:
 class Explorer(Agent):
     """SAC (Haarnoja et al. 2018) at a fixed temperature; the policy is tanh(Normal(net(s), exp(log_std))), its log_std
     the same in every state. The update is Agent's; a value network it has none."""
-
-    algorithm = "sac"
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         nn.Module.__init__(self)
@@ -893,8 +891,8 @@ class Run:
 
     def __init__(self, args: Args):
         positive = ("offline_steps", "online_steps", "eval_every", "eval_episodes", "save_every", "utd_ratio")
-        for name in (*positive, "batch_size", "buffer_size", "hidden"):
-            if getattr(args, name) < 1:
+        for name in (*positive, "batch_size", "buffer_size", "hidden", "segment_steps", "window", "recovery_ratio"):
+            if getattr(args, name, 1) < 1:
                 fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
         for name in ("gamma", "tau", "dropout", "expectile", "online_share", "confidence"):
             share = getattr(args, name, None)  # not every script has every one, and None is the task's own
@@ -1045,7 +1043,8 @@ def train(args: Args) -> dict:
     if not progress["steps"]:  # not where a resumed run is online already
         offline = {"phase": "offline", "offline_steps": args.offline_steps, "agent": agent.state_dict()}
         save_file(run.dir / "offline.pt", identity | offline)
-        progress["offline_score"] = evaluate(agent.act, eval_env, task, args)["normalized_score"]
+        result = evaluate(agent.act, eval_env, task, args)
+        progress["offline_score"] = result["normalized_score"]
         torch.manual_seed(args.seed)  # online as a run that starts from this offline.pt
 
     # ---- online ----
@@ -1054,7 +1053,6 @@ def train(args: Args) -> dict:
     env, update = task.make_env(), partial(run_updates, learner, buffer, args.utd_ratio, 0.5)  # [D3]
     update = CudaGraph(update) if args.cuda_graph else update
     if not progress["steps"]:
-        result = evaluate(agent.act, eval_env, task, args)
         run.log("online", 0, result | {"learner_score": result["normalized_score"]})
         evaluator.begin(agent, [env.reset(seed=2_000_000 + i)[0] for i in range(64)], task, result["normalized_score"])
         learner.warm_start(agent)

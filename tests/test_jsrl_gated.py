@@ -3,6 +3,7 @@
 import copy
 import math
 from itertools import cycle
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -123,15 +124,13 @@ def play_one(gate: jsrl.Gate, dead: bool) -> float:
     return level
 
 
-def test_reference_only_rises():
-    gate, before = make_gate(), 0.0
-    rng = np.random.default_rng(0)
-    for _ in range(50):
-        play(gate, [rng.normal(55, 8)])
-        best = max(bound for _, bound in gate.confirmed)
-        assert best >= before
-        before = best
-    assert before > 0
+def test_the_reference_is_the_best_bound_up_to_the_trials_level():
+    gate = make_gate()
+    play(gate, [60])
+    gate.level, gate.confirmed = 0.4, [[0.0, 0.0], [0.2, 3.0], [0.4, 1.0], [1.0, 9.0]]
+    for trial, bound in ((0.6, 3.0), (1.0, 9.0)):
+        gate.trial, gate.results = trial, [[[0.0] * 10, [5.0] * 10, 0]] * 3
+        assert gate.end(100, trial, [0.0] * 10, [5.0] * 10)["gate/reference"] == pytest.approx(50 + bound)
 
 
 def returns_only(gate: jsrl.Gate) -> dict:
@@ -150,7 +149,6 @@ def test_stationary_explorers_in_1000_gates(loss, sd, monkeypatch):
             level = gate.next_level()
             gate.end(10 * (episode + 1), level, [0.0], [rng.normal(50 - level * loss, sd)])
         at_end.append(gate.level)
-    print(loss, sd, np.mean(np.array(at_end) == 1), np.mean(at_end))
     if loss <= 0:
         assert np.mean(np.array(at_end) == 1) > 0.9
     else:
@@ -321,3 +319,29 @@ def test_log_prob_is_that_of_the_squashed_normal():
     normal = torch.distributions.Normal(explorer.actor.net(obs), torch.exp(explorer.actor.log_std))
     squashed = torch.distributions.TransformedDistribution(normal, torch.distributions.TanhTransform())
     torch.testing.assert_close(log_prob, squashed.log_prob(action).sum(-1), rtol=1e-3, atol=1e-3)
+
+
+# ---- whole runs ----
+
+
+@pytest.mark.parametrize(
+    ("options", "anchor"),
+    [
+        ({"gate": "closed"}, 0.4),
+        ({"gate": "open"}, 0.0),
+        ({"gate": "curriculum", "switch": "random"}, None),
+        ({"gate": "random", "estimator": "returns"}, None),
+        ({"explorer": "iql"}, None),
+        ({"warm_start": False}, 0.0),
+    ],
+    ids=str,
+)
+def test_variants_run(toy_args, options, anchor):
+    folder = Path(toy_args["run_dir"])
+    summary = jsrl.train(jsrl.Args(**toy_args | {"warmup_steps": 40, "online_steps": 240} | options))
+    content = torch.load(next(folder.glob("*/online.pt")), weights_only=True)
+    assert math.isfinite(summary["final_score"]) and content["gate"]["warm"]
+    if options.get("gate") == "closed":
+        assert content["gate"]["level"] == 0 and summary["drop"] == 0
+    if anchor is not None:
+        assert float(content["explorer"]["anchor"]) == pytest.approx(anchor)

@@ -297,6 +297,8 @@ def test_every_script_resumes_online_to_the_same_numbers(script, toy_args, tmp_p
     assert {key: whole[key] for key in same} == {key: resumed[key] for key in same}
     folders = tmp_path / "whole", Path(args["run_dir"])
     one, other = (torch.load(next(folder.glob("*/online.pt")), weights_only=True) for folder in folders)
-    for part in set(one) & {"agent", "explorer", "learner"}:
+    if script.stem == "jsrl_gated":
+        assert one["gate"] == other["gate"] and len(one["gate"]["confirmed"]) > 1  # it did move
+    for part in set(one) & {"agent", "explorer", "guide", "learner", "evaluator"}:
         tensors = [key for key, value in one[part].items() if torch.is_tensor(value)]
         assert tensors and all(torch.equal(one[part][key], other[part][key]) for key in tensors)

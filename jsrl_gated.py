@@ -29,7 +29,8 @@ folder are the same text in all four scripts of CleanO2O. Metrics and results: R
      So its policy loss holds it to the guide, as TD3+BC (Fujimoto, Gu 2021) does to the data, by a weight that falls
      with the level and is 0 where the gate is open.
 [D9] SAC may lose what it has gained. So an explorer whose lower bound is above its guide by more than the tolerance
-     becomes the guide (--promote): the reference rises to what it returned, and closing leads back to it.
+     becomes the guide (--promote), frozen and deployed; measured alone in three episodes, it is what the explorer that
+     goes on learning is compared with from then on, and what closing leads back to.
 """
 
 import copy
@@ -611,7 +612,7 @@ class Gate:
     def next_level(self) -> float:
         """Level of the next training episode: where a trial stays undecided, the guide's sample grows as well."""
         compared = self.args.gate == "confidence" and self.trial > self.level and len(self.results) > len(self.guide)
-        return 0.0 if compared else self.trial
+        return 0.0 if compared or len(self.guide) < 3 else self.trial
 
     def samples(self) -> dict[str, tuple[list[float], list[float]]]:
         """Results of the explorer and of the guide, by each estimator, of the episodes that reached the switch [D4]."""
@@ -662,7 +663,8 @@ class Gate:
         better = self.level == 1 and len(self.results) >= 5 and estimates[1] > self.tolerance
         self.promoted = bool(better and self.args.promote and self.args.gate == "confidence")
         if self.promoted:
-            self.guide, self.results, self.confirmed = [row[:2] for row in self.results], [], [[0.0, 0.0]]
+            self.guide, self.results, self.confirmed = [], [], [[0.0, 0.0]]
+            self.level, self.trial, self.notch = 0.0, 0.0, 1.0
         log |= {"level": self.level, "decision": decision, "promoted": self.promoted}
         return {f"gate/{name}": value for name, value in log.items()}
 

@@ -109,8 +109,9 @@ def test_a_clearly_better_explorer_becomes_the_guide():
     play(gate, [60] * 10)
     assert gate.level == 1 and not gate.promoted  # four episodes at level 1
     play(gate, [60])
-    assert gate.promoted and gate.results == [] and [sum(gains) for _, gains in gate.guide] == [60] * 5
-    play(gate, [55, 55, 55, 55])  # better than the first guide, worse than the second
+    assert gate.promoted and gate.level == gate.next_level() == 0 and gate.guide == gate.results == []
+    history = play(gate, [60, 60, 60, 55, 55, 55, 55], guide=[60])  # at last better than the first guide only
+    assert [level for level, _, _ in history] == [0, 0, 0] + [1] * 7  # measured alone first
     assert gate.level < 1 and not gate.promoted
     gate = make_gate(promote=True)
     play(gate, [51] * 30)  # better by less than the tolerance of 2

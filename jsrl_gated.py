@@ -4,9 +4,10 @@ of which only the abstract is public to us, on top of Uchendu et al., "Jump-Star
 
     python jsrl_gated.py --env-id hopper-medium
 
-How to read it: `Agent` is IQL, the offline learner and then the guide; `Explorer` is the online learner, SAC; `Gate`
-decides who acts; `train`, the last function, is the run from top to bottom. Tasks, data, buffer, evaluation and run
-folder are the same text in all four scripts of CleanO2O. Metrics and results: README.md. Our choices:
+How to read it: `Agent` is IQL (equation numbers of arXiv 2110.06169), the offline learner and then the guide;
+`Explorer` is the online learner, SAC; `Gate` decides who acts; `train`, the last function, is the run from top to
+bottom. Tasks, data, buffer, evaluation and run folder are the same text in all four scripts of CleanO2O. Metrics and
+results: README.md. Our choices:
 [D1] The guide is the mean action of the offline policy, frozen. At level e it acts until step (1 - e) * its own median
      episode length, the explorer after that: where the guide falls early, the explorer still gets to act.
 [D2] The explorer starts from the guide's mean action (SAC's tanh on the same network) and one small standard deviation,
@@ -16,13 +17,16 @@ folder are the same text in all four scripts of CleanO2O. Metrics and results: R
      half dataset, half online. No update before the guide's warm-up episodes.
 [D4] The gate compares explorer and guide in points of normalised score, by returns or by advantages: the return from
      the switch on minus V_guide(s, t), least squares on the guide's own returns over t and IQL's V. It only cancels
-     noise: the guide's episodes, each left out of the fit, are measured by it too, and its error is in both means.
-[D5] Bounds: one-sided t interval of the difference of two means, the larger of own and pooled variance on both.
+     noise: the guide's episodes, each left out of the fit, are measured by it too, and its error is in both means. Of
+     two fits, with and without IQL's V, the one that leaves the guide's own episodes less variance.
+[D5] Bounds: one-sided t interval of the difference of two means, the larger of own and pooled variance on both. Their
+     confidence is that of one look, and there is one after every episode.
 [D6] `level` is confirmed and deployed; training episodes act at `trial`, one step above or the same. A trial is
      confirmed, after three episodes at least, when its lower bound is above the reference less the tolerance; the
      reference is the best lower bound so far up to that level, or the guide. The next step is then twice as large. It
      is refuted when its upper bound is below the guide less the tolerance: the next one is smaller, and waits longer
-     each time. The tolerance is a share of the dataset's range of returns: noisy tasks have a wide one.
+     each time. The tolerance is a share of the dataset's range of returns: noisy tasks have a wide one. Trials act with
+     the explorer's noise, which is not deployed.
 [D7] `level` closes by the same test of its last four episodes: to where the loss, were it in proportion to the level,
      is tolerated. It is compared with the guide, not with the best so far: closing only leads back to the guide.
 [D8] An explorer that may not act gets no data to correct what it overrates, and falls to nothing behind a closed gate.
@@ -82,9 +86,9 @@ class Args:
     batch_size: int = 256  # transitions per gradient step
     gamma: float = 0.99  # discount
     tau: float = 0.005  # share of the new weights that a target network takes over at each update
-    learning_rate: float = 3e-4  # of Adam, for all networks [D2]
+    learning_rate: float = 3e-4  # of Adam, for all networks
     hidden: int = 256  # units in each hidden layer
-    buffer_size: int = 1_000_000  # online transitions kept [D3]
+    buffer_size: int = 1_000_000  # online transitions kept
     eval_every: int = 5_000  # gradient steps (offline), environment steps (online)
     eval_episodes: int = 10  # per evaluation
     offline_checkpoint: str | None = None  # start online from the offline.pt of another run of the same task
@@ -345,7 +349,7 @@ def load_task(args: Args) -> Task:
     )
     if domain in GOAL_DOMAINS:
         data["terminated"] |= data["reward"] > task.transform_reward(0.0)  # see EndAtGoal
-    data["action"] = np.clip(2 * (data["action"] - box.low) / (box.high - box.low) - 1, -1 + 1e-5, 1 - 1e-5)  # [D4]
+    data["action"] = np.clip(2 * (data["action"] - box.low) / (box.high - box.low) - 1, -1 + 1e-5, 1 - 1e-5)
     data["obs"], data["next_obs"] = task.transform_obs(data["obs"]), task.transform_obs(data["next_obs"])
     known = data.pop("known")
     task.data = {key: value[known].astype(np.float32) for key, value in data.items()}
@@ -456,11 +460,11 @@ class Agent(nn.Module):
         asymmetry = (args.expectile - (advantage < 0).to(advantage.dtype)).abs()
         value_loss = (asymmetry * advantage.square()).mean()
 
-        # Q: backup through V, never through an action outside the data (Eq. 6) [D1]
+        # Q: backup through V, never through an action outside the data (Eq. 6)
         backup = batch["reward"] + args.gamma * (1 - batch["terminated"]) * next_v
         critic_loss = (self.critic(obs, action) - backup).square().mean()
 
-        # Policy: the data's actions, each weighted by its exponential advantage (Eq. 7) [D1]
+        # Policy: the data's actions, each weighted by its exponential advantage (Eq. 7)
         weight = torch.exp(args.beta * advantage.detach()).clamp(max=100)
         actor_loss = -(weight * self.actor.log_prob(obs, action)).mean()
         return {"value_loss": value_loss, "critic_loss": critic_loss, "actor_loss": actor_loss}

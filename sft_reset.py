@@ -5,16 +5,17 @@
 After Zhao, Li, Lin, "An Improved Stable Fine-Tuning framework for offline-to-online RL" (2025), of which only the
 abstract was public to us: keep the offline evaluation network for action selection until the new one is stable,
 evaluate policies comprehensively, reset parameters periodically. The rest is our reading of the idea. How to read it:
-`Agent` is IQL, the offline learner and then the retained pair of policy and Q, `Explorer` the online one (SAC),
-`Evaluator` decides who acts, and `train`, the last function, is the run from top to bottom. Metrics: README.md.
+`Agent` is IQL (equation numbers of arXiv 2110.06169), the offline learner and then the retained pair of policy and Q,
+`Explorer` the online one (SAC), `Evaluator` decides who acts, and `train`, the last function, is the run from top to
+bottom. Metrics: README.md.
 
 Our choices:
 [D1] Online time is cut into short segments. In most the evaluator selects, action by action; in probes the learner acts
      alone and without noise, as it would be deployed: a Q that has not seen what the learner's actions lead to
-     overrates them, and yet looks calibrated.
+     overrates them, and yet looks calibrated. Selected segments have the learner's noise, which is not deployed.
 [D2] The learner is SAC from the offline policy's mean action, at a fixed small temperature: a learned one ran away.
 [D3] Its critics start as IQL's (LayerNorm critics fitted to IQL's Q on the dataset overrated its actions at once).
-     Batches are half dataset, half online.
+     Batches are half dataset, half online. No update before a window of segments.
 [D4] The learner acts in a state only if both critics of the selecting Q promise more than a margin above the retained
      action: the excess of promised over obtained gains in recent segments, plus its standard error. Ties are the
      retained pair's. Where the latest selections lost by more than their standard error it acts alone, until they are
@@ -349,7 +350,7 @@ def load_task(args: Args) -> Task:
     )
     if domain in GOAL_DOMAINS:
         data["terminated"] |= data["reward"] > task.transform_reward(0.0)  # see EndAtGoal
-    data["action"] = np.clip(2 * (data["action"] - box.low) / (box.high - box.low) - 1, -1 + 1e-5, 1 - 1e-5)  # [D4]
+    data["action"] = np.clip(2 * (data["action"] - box.low) / (box.high - box.low) - 1, -1 + 1e-5, 1 - 1e-5)
     data["obs"], data["next_obs"] = task.transform_obs(data["obs"]), task.transform_obs(data["next_obs"])
     known = data.pop("known")
     task.data = {key: value[known].astype(np.float32) for key, value in data.items()}
@@ -751,7 +752,13 @@ class Evaluator(nn.Module):
             lower = value - args.bound_errors * error
             log |= {"retained_value": retained, "learner_value": value, "learner_lower": lower}
             log |= {"learner_gain": obtained, "deployed_gain": deployed}
-            replaced = self.stable and self.segments % window == 0 and lower > retained and obtained >= deployed
+            replaced = (
+                args.evaluator != "offline"
+                and self.stable
+                and self.segments % window == 0
+                and lower > retained
+                and obtained >= deployed
+            )
             if replaced:
                 self.replace(learner)
 
@@ -1064,7 +1071,8 @@ def train(args: Args) -> dict:
             (obs, _), episode_return = env.reset(seed=1_000 * args.seed + progress["episode"]), 0.0
         actions, gains = evaluator.propose(learner, obs, noise=float(evaluator.kind != "probe"))  # [D1]
         turn, losses = evaluator.turn(gains, evaluator.kind), {}
-        for _ in range((args.recovery_ratio if evaluator.recovering else 1) if buffer.added else 0):
+        updates = args.recovery_ratio if evaluator.recovering else 1
+        for _ in range(updates if evaluator.segments >= args.window else 0):
             losses = update()  # launched before the environment steps: a GPU works meanwhile
         next_obs, reward, terminated, truncated, _ = env.step(actions[turn])
         row = (obs, actions[turn], next_obs, task.transform_reward(reward), terminated)

@@ -33,8 +33,8 @@ results: README.md. Our choices:
      So its policy loss holds it to the guide, as TD3+BC (Fujimoto, Gu 2021) does to the data, by a weight that falls
      with the level and is 0 where the gate is open.
 [D9] SAC may lose what it has gained. So an explorer whose lower bound is above its guide by more than the tolerance
-     becomes the guide (--promote), frozen and deployed; measured alone in three episodes, it is what the explorer that
-     goes on learning is compared with from then on, and what closing leads back to.
+     becomes the guide (--promote), after an episode no worse than its mean: frozen, deployed, and measured alone in
+     three episodes. The explorer goes on learning and is compared with it from then on; closing leads back to it.
 """
 
 import copy
@@ -665,6 +665,7 @@ class Gate:
         if self.warm:
             decision = self.decide(*estimates, reference)
         better = self.level == 1 and len(self.results) >= 5 and estimates[1] > self.tolerance
+        better = better and sample[-1] >= np.mean(sample)  # not where the latest episode begins a fall
         self.promoted = bool(better and self.args.promote and self.args.gate == "confidence")
         if self.promoted:
             self.guide, self.results, self.confirmed = [], [], [[0.0, 0.0]]

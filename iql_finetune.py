@@ -572,6 +572,8 @@ class Run:
             np.random.set_state(saved["rng"][1])
             torch.set_rng_state(saved["rng"][2])
             torch.cuda.set_rng_state_all(saved["rng"][3])
+        git = ["git", "-C", Path(__file__).parent, "rev-parse", "--verify", "-q", "HEAD"]
+        self.commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
         self.dir.mkdir(parents=True, exist_ok=True)
         (self.dir / "args.json").write_text(json.dumps(settings, indent=2))
         shutil.copy(__file__, self.dir)
@@ -625,10 +627,7 @@ class Run:
         """Save the end, write summary.json and return it."""
         self.stop = False
         self.save()
-        args, seconds, here = self.args, self.progress["seconds"], Path(__file__).parent
-        commit = subprocess.run(
-            ["git", "rev-parse", "--verify", "-q", "HEAD"], cwd=here, capture_output=True, text=True
-        )
+        args, seconds = self.args, self.progress["seconds"]
         summary = {name: getattr(args, name) for name in ("env_id", "seed", "offline_steps", "online_steps")}
         summary |= {"algorithm": args.exp_name, "dataset_id": task.dataset_id, "eval_env": task.env_spec.id}
         summary |= (
@@ -639,7 +638,7 @@ class Run:
         updates = args.online_steps * args.utd_ratio + (0 if args.offline_checkpoint else args.offline_steps)
         summary |= {"updates_per_second": updates / seconds}
         summary |= {"versions": {name: version(name) for name in ("torch", "gymnasium", "mujoco", "minari", "numpy")}}
-        summary |= {"device": "cuda" if args.cuda else "cpu", "commit": commit.stdout.strip() or None}
+        summary |= {"device": "cuda" if args.cuda else "cpu", "commit": self.commit}
         (self.dir / "summary.json").write_text(json.dumps(summary, indent=2))
         print(json.dumps(summary, indent=2))
         return summary

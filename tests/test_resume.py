@@ -279,7 +279,7 @@ def test_offline_checkpoint_equals_continuing(toy_args):
 def test_every_script_resumes_online_to_the_same_numbers(script, toy_args, tmp_path, monkeypatch):
     module = importlib.import_module(script.stem)
     args = toy_args | {"online_steps": 240, "save_every": 60}
-    args |= {"warmup_steps": 40, "tolerance": 50.0} if script.stem == "jsrl_gated" else {}  # the gate is to move
+    args |= {"warmup_steps": 40} if script.stem == "jsrl_gated" else {}  # the gate is to move
     whole = module.train(module.Args(**args | {"run_dir": str(tmp_path / "whole")}))
     save = module.Run.save
 
@@ -298,7 +298,7 @@ def test_every_script_resumes_online_to_the_same_numbers(script, toy_args, tmp_p
     folders = tmp_path / "whole", Path(args["run_dir"])
     one, other = (torch.load(next(folder.glob("*/online.pt")), weights_only=True) for folder in folders)
     if script.stem == "jsrl_gated":
-        assert one["gate"] == other["gate"] and len(one["gate"]["confirmed"]) > 1  # it did move
+        assert one["gate"] == other["gate"] and one["gate"]["trial"] and one["gate"]["results"]  # within a trial
     for part in set(one) & {"agent", "explorer", "guide", "learner", "evaluator"}:
         tensors = [key for key, value in one[part].items() if torch.is_tensor(value)]
         assert tensors and all(torch.equal(one[part][key], other[part][key]) for key in tensors)

@@ -48,7 +48,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -118,9 +118,7 @@ class Args:
     expectile: float | None = None  # tau in Eq. 5: 0.5 is SARSA, 1 the maximum over the data's actions
     beta: float | None = None  # inverse temperature in Eq. 7: 0 is behaviour cloning
     dropout: float | None = None  # in the actor
-    reward_scale: float | None = (
-        None  # r -> scale * r + bias, dataset and online; 0: 1000 / return range of the dataset
-    )
+    reward_scale: float | None = None  # r -> scale * r + bias, online too; 0: 1000 / return range of the dataset
     reward_bias: float | None = None
     normalize_obs: bool | None = None  # by mean and standard deviation of the dataset
     # Locomotion, kitchen: the authors'. Antmaze, adroit: CORL's, which has the online numbers to compare with.
@@ -158,10 +156,6 @@ def fail(message: str) -> NoReturn:
     """Bad input: one line that says what is wrong and what to do about it, exit code 2."""
     tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, below any progress bar
     sys.exit(2)
-
-
-def reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 class EndAtGoal(gym.Wrapper):
@@ -217,29 +211,26 @@ def flatten_obs(obs):
 def read_hdf5(path: Path, max_episode_steps: int) -> dict[str, np.ndarray]:
     """A D4RL file. Without `next_observations` the one after a time-out is not to be had, and that transition is not
     `known`; without `timeouts` the steps are counted."""
-    names = {"obs": "observations", "action": "actions", "reward": "rewards", "terminated": "terminals"}
     with h5py.File(path) as file:
-        data = {key: file[name][:] for key, name in names.items()} | {"terminated": file["terminals"][:].astype(bool)}
-        n, has_next, start = len(data["reward"]), "next_observations" in file, 0
-        data["next_obs"] = file["next_observations"][:] if has_next else np.roll(data["obs"], -1, 0)
-        data["truncated"] = file["timeouts"][:].astype(bool) if "timeouts" in file else np.zeros(n, bool)
-        for i in range(0 if "timeouts" in file else n):
-            data["truncated"][i] = i - start == max_episode_steps - 1
-            start = i + 1 if data["terminated"][i] or data["truncated"][i] else start
-    data["truncated"][n - 1 :] = True  # the file may end in the middle of an episode
-    data["truncated"] &= ~data["terminated"]
-    return data | {"known": ~data["truncated"] | has_next}
+        obs, terminated = file["observations"][:], file["terminals"][:].astype(bool)
+        data = {"obs": obs, "action": file["actions"][:], "reward": file["rewards"][:], "terminated": terminated}
+        has_next, step = "next_observations" in file, np.arange(len(terminated))
+        data["next_obs"] = file["next_observations"][:] if has_next else np.roll(obs, -1, 0)
+        step -= np.maximum.accumulate(step * np.append(True, terminated[:-1]))  # since the latest terminal one
+        truncated = file["timeouts"][:].astype(bool) if "timeouts" in file else (step + 1) % max_episode_steps == 0
+    truncated[-1:] = True  # the file may end in the middle of an episode
+    truncated &= ~terminated
+    return data | {"truncated": truncated, "known": ~truncated | has_next}
 
 
 def read_minari(dataset: minari.MinariDataset) -> dict[str, np.ndarray]:
     """A Minari dataset: its episodes have one observation more than steps, so every next observation is known."""
-    episodes = list(dataset.iterate_episodes())
-    obs = [flatten_obs(episode.observations) for episode in episodes]
-    data = {"obs": np.concatenate([o[:-1] for o in obs]), "next_obs": np.concatenate([o[1:] for o in obs])}
-    for key, name in {"action": "actions", "reward": "rewards", "terminated": "terminations"}.items():
-        data[key] = np.concatenate([getattr(episode, name) for episode in episodes])
-    last = np.concatenate([np.arange(len(episode)) == len(episode) - 1 for episode in episodes])
-    return data | {"truncated": last & ~data["terminated"], "known": np.ones(len(last), bool)}
+    keys, rows = ("obs", "action", "next_obs", "reward", "terminated", "truncated"), []
+    for episode in dataset.iterate_episodes():
+        obs, terminated = flatten_obs(episode.observations), episode.terminations
+        truncated = ~terminated & (np.arange(len(episode)) == len(episode) - 1)
+        rows.append((obs[:-1], episode.actions, obs[1:], episode.rewards, terminated, truncated))
+    return dict(zip(keys, map(np.concatenate, zip(*rows, strict=True)), strict=True))
 
 
 def download(dataset_id: str, path: Path) -> None:
@@ -252,13 +243,12 @@ def download(dataset_id: str, path: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=".download-", dir=minari.storage.get_dataset_path()) as part:
         with patch.dict(os.environ, MINARI_DATASETS_PATH=part):
             minari.download_dataset(dataset_id)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(Path(part, dataset_id), path)
+        os.renames(Path(part, dataset_id), path)  # and makes the folders on the way to it
 
 
 def find_dataset(args: Args) -> tuple[str, Path, str]:
     """Id, local path and environment (first word of the task) of the dataset: local, else official, else stand-in."""
-    name, dataset_id, path = args.env_id.removesuffix("-v2"), args.env_id, Path(args.env_id)
+    name, path = args.env_id.removesuffix("-v2"), Path(args.env_id)
     if path.suffix == ".hdf5":
         if not path.exists() or not args.eval_env:
             fail(f"{path}: no such file" if args.eval_env else f"{path} needs --eval-env, for instance Hopper-v4")
@@ -268,20 +258,19 @@ def find_dataset(args: Args) -> tuple[str, Path, str]:
         fail(f"unknown task {args.env_id}; nearest: {near}; or a full Minari id, or the path of a .hdf5 file")
     dataset_id = TASKS.get(name, args.env_id)
     env, kind = dataset_id.split("/")[-2:] if "/" in args.env_id else name.split("-", 1)
-    path = Path(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets"), f"{dataset_id}.hdf5").expanduser()
-    path = Path(minari.storage.get_dataset_path(dataset_id)) if "/" in dataset_id else path
-    if args.dataset != "stand-in":
-        try:
+    folder = Path(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")).expanduser()
+    path = minari.storage.get_dataset_path(dataset_id) if "/" in dataset_id else folder / f"{dataset_id}.hdf5"
+    try:
+        if args.dataset != "stand-in":
             if not path.exists():
                 download(dataset_id, path)
             return dataset_id, path, env
-        except Exception as error:  # whatever server, network and libraries raise: it is not to be had
-            print(f"cannot fetch {dataset_id}: {reason(error)}")
+    except Exception as error:  # whatever server, network and libraries raise: it is not to be had
+        print(f"cannot fetch {dataset_id}: {error!r:.300}")
     if args.dataset == "official" or "/" in args.env_id:
         fail(f"{dataset_id} is not at {path}: put it there, or use a short name and --dataset stand-in")
     stand_in, maker = f"o2o/{env}/{kind}-v0", Path(__file__).with_name("make_dataset.py")
-    path = Path(minari.storage.get_dataset_path(stand_in))
-    command = [sys.executable, maker, "collect", "--env-id", name]
+    path, command = minari.storage.get_dataset_path(stand_in), [sys.executable, maker, "collect", "--env-id", name]
     if not path.exists() and (not maker.exists() or subprocess.run(command).returncode):
         fail(f"no stand-in {stand_in}: make_dataset.py and policies/ must lie beside this script and have this task")
     print(f"!!! training on the STAND-IN {stand_in}: its scores are not comparable with those on {dataset_id} !!!")
@@ -305,54 +294,48 @@ def load_task(args: Args) -> Task:
     cure = "give a whole file" if args.env_id.endswith(".hdf5") else f"delete {path} to have it fetched again"
     try:
         if path.suffix == ".hdf5":
-            spec, meta = gym.spec(args.eval_env or HDF5_ENVS[env]), {}
-            data = read_hdf5(path, spec.max_episode_steps)
+            world, meta = gym.make(gym.spec(args.eval_env or HDF5_ENVS[env])), {}
+            data = read_hdf5(path, world.spec.max_episode_steps)
         else:
             dataset = minari.MinariDataset(path / "data")
-            spec, meta = dataset.recover_environment(eval_env=True).spec, dataset.storage.metadata
+            world, meta = dataset.recover_environment(eval_env=True), dataset.storage.metadata
             data = read_minari(dataset)
-        world = gym.make(spec)
     except Exception as error:  # whatever h5py, minari and the environment raise
-        fail(f"cannot read {path} or make its environment ({reason(error)}); {cure}")
-    box, obs = world.action_space, flatten_obs(world.reset(seed=0)[0])
+        fail(f"cannot read {path} or make its environment ({error!r:.300}); {cure}")
+    box, obs, n = world.action_space, flatten_obs(world.reset(seed=0)[0]), len(data["obs"])
     if not isinstance(box, gym.spaces.Box) or not box.is_bounded():
         fail(f"{dataset_id}: actions are {box}; only continuous, bounded ones are supported")
-    for key, shape in {"obs": obs.shape, "next_obs": obs.shape, "action": box.shape, "reward": ()}.items():
-        if not len(data[key]) or data[key].shape[1:] != shape or len(data[key]) != len(data["reward"]):
-            fail(f"{dataset_id}: {key} has shape {data[key].shape}, {spec.id} needs (1 or more, *{shape}); {cure}")
-        if not np.isfinite(data[key]).all():
-            fail(f"{dataset_id}: {key} has NaN or infinite values; {cure}")
+    shapes = {"obs": obs.shape, "next_obs": obs.shape, "action": box.shape, "reward": (), "terminated": ()}
+    for key, shape in shapes.items():
+        if n == 0 or data[key].shape != (n, *shape) or not np.isfinite(data[key]).all():
+            needed = f"{(n or 'steps', *shape)} without NaN or infinite values"
+            fail(f"{dataset_id}: {key} has shape {data[key].shape}, {world.spec.id} needs {needed}; {cure}")
 
     domain, ref_min, ref_max, *_ = ENVS.get(env, ("locomotion", meta.get("ref_min_score"), meta.get("ref_max_score")))
     last = data["terminated"] | data["truncated"]
     first = np.append(0, np.flatnonzero(last)[:-1] + 1)
-    returns = np.add.reduceat(data["reward"], first, dtype=np.float64)
-    returns = np.minimum(returns, 1) if domain in GOAL_DOMAINS else returns
-    ref_min, ref_max = (float(returns.min()), float(returns.max())) if ref_max is None else (ref_min, ref_max)
+    returns = np.add.reduceat(data["reward"], first, dtype=np.float64).clip(max=1 if domain in GOAL_DOMAINS else np.inf)
+    worst, best = float(returns.min()), float(returns.max())
+    ref_min, ref_max = (worst, best) if ref_max is None else (ref_min, ref_max)
     if path.suffix != ".hdf5" and meta.get("ref_max_score") is None:
         print(f"{dataset_id} has no reference scores; 0 and 100 are returns of {ref_min:.1f} and {ref_max:.1f}")
-    for name, value in (args.domain_values["any"] | args.domain_values[domain]).items():
-        setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
-    spread = max(float(np.ptp(returns)), 1e-6)
-    args.reward_scale = float(args.reward_scale or 1000 / spread)
+    spread = max(best - worst, 1e-6)
+    resolved = args.domain_values["any"] | args.domain_values[domain]
+    vars(args).update({name: value for name, value in resolved.items() if getattr(args, name) is None})
+    scale = args.reward_scale = float(args.reward_scale or 1000 / spread)
+    print("  ".join(f"{name} {getattr(args, name)}" for name in resolved))
     mean, std = (data["obs"].mean(0), data["obs"].std(0) + 1e-3) if args.normalize_obs else (0 * obs, 0 * obs + 1)
-    transforms = (args.reward_scale, args.reward_bias, mean, std)
-    task = Task(dataset_id, spec, domain, ref_min, ref_max, spread, *transforms, data)
-    print(
-        f"{dataset_id}: {len(last):,} transitions, {len(first):,} episodes ({data['terminated'].sum():,} terminated, "
-        f"{data['truncated'].sum():,} truncated), return mean {returns.mean():.1f}, min {returns.min():.1f}, "
-        f"max {returns.max():.1f}, normalised mean {task.score(returns.mean()):.1f}"
-    )
+    task = Task(dataset_id, world.spec, domain, ref_min, ref_max, spread, scale, args.reward_bias, mean, std, data)
+    ends = ", ".join(f"{data[key].sum():,} {key}" for key in ("terminated", "truncated"))
+    about = f"{n:,} transitions, {len(first):,} episodes ({ends}), return mean {returns.mean():.1f}, min {worst:.1f}"
+    print(f"{dataset_id}: {about}, max {best:.1f}, normalised mean {task.score(returns.mean()):.1f}")
     data["reward"] = task.transform_reward(data["reward"])
     episodes = zip(np.split(data["reward"], first[1:]), (returns <= 0) & (domain in GOAL_DOMAINS), strict=True)
-    data["return_to_go"] = np.concatenate(
-        [returns_to_go(r.tolist(), failed, task, args.gamma) for r, failed in episodes]
-    )
-    if domain in GOAL_DOMAINS:
-        data["terminated"] |= data["reward"] > task.transform_reward(0.0)  # see EndAtGoal
+    data["return_to_go"] = np.hstack([returns_to_go(r.tolist(), failed, task, args.gamma) for r, failed in episodes])
+    data["terminated"] |= (data["reward"] > task.transform_reward(0.0)) & (domain in GOAL_DOMAINS)  # see EndAtGoal
     data["action"] = np.clip(2 * (data["action"] - box.low) / (box.high - box.low) - 1, -1 + 1e-5, 1 - 1e-5)  # [D4]
     data["obs"], data["next_obs"] = task.transform_obs(data["obs"]), task.transform_obs(data["next_obs"])
-    known = data.pop("known")
+    known = data.pop("known", slice(None))
     task.data = {key: value[known].astype(np.float32) for key, value in data.items()}
     return task
 
@@ -388,8 +371,7 @@ class ReplayBuffer:
         return dict(zip(self.keys, columns[:3] + tuple(c.squeeze(1) for c in columns[3:]), strict=True))
 
     def state_dict(self) -> dict:
-        n = self.n_dataset + min(self.added, self.capacity)
-        return {"added": self.added, "online": self.rows[self.n_dataset : n].clone()}
+        return {"added": self.added, "online": self.rows[self.n_dataset :][: self.added].clone()}
 
     def load_state_dict(self, state: dict) -> None:
         self.added, n = state["added"], len(state["online"])
@@ -447,8 +429,7 @@ class Agent(nn.Module):
         self.trained = list(self.parameters())
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.sources, self.targets = list(self.critic.parameters()), list(self.target_critic.parameters())
-        cuda = self.trained[0].is_cuda
-        self.optimizer = torch.optim.Adam(self.trained, args.learning_rate, fused=True, capturable=cuda)
+        self.optimizer = torch.optim.Adam(self.trained, args.learning_rate, fused=True, capturable=args.cuda)
 
     def loss(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         args, obs, action = self.args, batch["obs"], batch["action"]
@@ -515,8 +496,7 @@ class Explorer(Agent):
         self.register_buffer("anchor", torch.zeros(()))  # a tensor: read inside CUDA graphs
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.sources, self.targets = list(self.critic.parameters()), list(self.target_critic.parameters())
-        cuda = self.trained[0].is_cuda
-        self.optimizer = torch.optim.Adam(self.trained, args.learning_rate, fused=True, capturable=cuda)
+        self.optimizer = torch.optim.Adam(self.trained, args.learning_rate, fused=True, capturable=args.cuda)
 
     def warm_start(self, agent: Agent) -> None:
         """Take over the offline policy's mean action and Q [D3]."""
@@ -848,28 +828,23 @@ def evaluate(act, env: gym.Env, task: Task, args: Args) -> dict[str, float]:
     returns = []
     for episode in range(args.eval_episodes):
         obs, _ = env.reset(seed=1_000_000 + 1_000 * args.seed + episode)
-        t, total, success, over = 0, 0.0, False, False
+        t, total, over = 0, 0.0, False
         while not over:
             obs, reward, terminated, truncated, info = env.step(act(obs, t))
-            t, total, success = t + 1, total + reward, success or bool(info.get("success"))
-            over = terminated or truncated
-        returns.append(success if task.domain in GOAL_DOMAINS else total)
-    return {"return": float(np.mean(returns)), "normalized_score": task.score(float(np.mean(returns)))}
+            t, total, over = t + 1, total + reward, terminated or truncated
+        returns.append(info["success"] if task.domain in GOAL_DOMAINS else total)  # see EndAtGoal
+    mean = float(np.mean(returns))
+    return {"return": mean, "normalized_score": task.score(mean)}
 
 
 def degradation(offline_score: float, steps: list[int], scores: list[float]) -> dict:
     """What fine-tuning cost and gained over the online evaluations; the formulas are in README.md."""
     drops = [max(offline_score - score, 0.0) for score in scores]
     gains = [step for i, step in enumerate(steps[:-2]) if min(scores[i : i + 3]) > offline_score + 10]
-    return {
-        "offline_score": offline_score,
-        "final_score": scores[-1],
-        "lowest_score": min(scores),
-        "drop": max(drops),
-        "degradation_area": sum(drops) / len(drops),
-        "regret": min(max(1 - sum(scores) / len(scores) / 100, 0.0), 1.0),
-        "steps_to_gain": min(gains, default=None),
-    }
+    found = {"offline_score": offline_score, "final_score": scores[-1], "lowest_score": min(scores), "drop": max(drops)}
+    found |= {"degradation_area": sum(drops) / len(drops)}
+    found |= {"regret": min(max(1 - sum(scores) / len(scores) / 100, 0.0), 1.0)}
+    return found | {"steps_to_gain": min(gains, default=None)}
 
 
 def save_file(path: Path, content: dict) -> None:
@@ -886,7 +861,7 @@ def load_file(path: Path, **expected) -> dict:
     try:
         content = dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # torch, zip and pickle raise whatever the damage leads to
-        fail(f"cannot read {path} ({reason(error)}); give another, or delete it to start anew")
+        fail(f"cannot read {path} ({error!r:.100}); give another, or delete it to start anew")
     for key, value in expected.items():
         if content.get(key) != value:
             fail(f"{path} is of another run: {key} is {content.get(key)}, here {value}; start with the same, or anew")
@@ -912,45 +887,42 @@ class Run:
         if self.dir.exists() and not args.resume:
             fail(f"{self.dir} exists; continue it with --resume, or give another --exp-name, --seed or --run-dir")
         self.progress = {"offline_step": 0, "online_step": 0, "episode": 0, "seconds": 0.0, "scores": [], "steps": []}
-        self.stop, self.writers = False, {}
 
     def start(self, **parts) -> None:
         """Create the folder; or put `parts`, progress and random generators back to where its checkpoint has them."""
-        settings = {key: value for key, value in asdict(self.args).items() if key != "resume"}
-        self.parts, checkpoint = parts, self.dir / "checkpoint.pt"
+        args, progress, self.parts, checkpoint = self.args, self.progress, parts, self.dir / "checkpoint.pt"
+        settings = {name: value for name, value in vars(args).items() if name != "resume"}
         self.settings = {f"--{name}": value for name, value in settings.items()}  # no name of a part
         if checkpoint.exists():
             saved = load_file(checkpoint, **self.settings)
+            progress.update(saved["progress"])
             for name, part in parts.items():
                 part.load_state_dict(saved[name])
-            self.progress = saved["progress"]
-            random.setstate(saved["rng"][0])
-            np.random.set_state(saved["rng"][1])
-            torch.set_rng_state(saved["rng"][2])
-            torch.cuda.set_rng_state_all(saved["rng"][3])
+            restore = (random.setstate, np.random.set_state, torch.set_rng_state, torch.cuda.set_rng_state_all)
+            for set_state, state in zip(restore, saved["rng"], strict=True):
+                set_state(state)
         git = ["git", "-C", Path(__file__).parent, "rev-parse", "--verify", "-q", "HEAD"]
         self.commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
         self.dir.mkdir(parents=True, exist_ok=True)
         (self.dir / "args.json").write_text(json.dumps(settings, indent=2))
         shutil.copy(__file__, self.dir)
-        if self.args.track:
+        if args.track:
             import wandb
 
-            names = {"project": self.args.wandb_project_name, "entity": self.args.wandb_entity, "name": self.dir.name}
+            names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": self.dir.name}
             wandb.init(**names, config=settings, sync_tensorboard=True)
-        online_step = self.progress["online_step"] if self.progress["steps"] else -1
-        for phase, step in {"offline": self.progress["offline_step"], "online": online_step}.items():
-            self.writers[phase] = SummaryWriter(self.dir / phase, purge_step=step + 1)  # each counts its own steps
+        purge = {"offline": progress["offline_step"] + 1, "online": progress["online_step"] + bool(progress["steps"])}
+        self.writers = {phase: SummaryWriter(self.dir / phase, purge_step=step) for phase, step in purge.items()}
+        self.began, self.saved_at, self.stop = time.time() - progress["seconds"], progress["online_step"], False
         for number in (signal.SIGTERM, signal.SIGUSR1):  # what SLURM sends before it takes the machine away
             signal.signal(number, lambda *_: setattr(self, "stop", True))
-        self.began, self.saved_at = time.time() - self.progress["seconds"], self.progress["online_step"]
 
     def log(self, phase: str, step: int, values: dict, losses: dict[str, Tensor] | None = None) -> None:
         """TensorBoard scalars at `step`: gradient steps offline, environment steps online, whose scores are kept."""
-        for name, value in (values | {f"losses/{name}": loss for name, loss in (losses or {}).items()}).items():
-            self.writers[phase].add_scalar(
-                name if "/" in name and "losses" not in name else f"{phase}/{name}", value, step
-            )
+        tags = {name if "/" in name else f"{phase}/{name}": value for name, value in values.items()}
+        tags |= {f"{phase}/losses/{name}": loss for name, loss in (losses or {}).items()}
+        for tag, value in tags.items():
+            self.writers[phase].add_scalar(tag, value, step)
         if phase == "online" and "normalized_score" in values:
             self.progress["steps"].append(step)
             self.progress["scores"].append(values["normalized_score"])
@@ -966,13 +938,8 @@ class Run:
         for writer in self.writers.values():
             writer.flush()
         self.progress["seconds"], self.saved_at = time.time() - self.began, self.progress["online_step"]
-        name, keys, *numbers = np.random.get_state()
-        rng = [
-            random.getstate(),
-            (name, keys.tolist(), *numbers),
-            torch.get_rng_state(),
-            torch.cuda.get_rng_state_all(),
-        ]
+        kind, keys, *rest = np.random.get_state()
+        rng = [random.getstate(), (kind, keys.tolist(), *rest), torch.get_rng_state(), torch.cuda.get_rng_state_all()]
         parts = {name: part.state_dict() for name, part in self.parts.items()}
         save_file(self.dir / "checkpoint.pt", self.settings | parts | {"progress": self.progress, "rng": rng})
         if self.stop:
@@ -983,16 +950,12 @@ class Run:
         """Save the end, write summary.json and return it."""
         self.stop = False
         self.save()
-        args, seconds = self.args, self.progress["seconds"]
+        args, progress = self.args, self.progress
+        updates = args.online_steps * args.utd_ratio + (0 if args.offline_checkpoint else args.offline_steps)
         summary = {name: getattr(args, name) for name in ("env_id", "seed", "offline_steps", "online_steps")}
         summary |= {"algorithm": args.exp_name, "dataset_id": task.dataset_id, "eval_env": task.env_spec.id}
-        summary |= (
-            degradation(*(self.progress[key] for key in ("offline_score", "steps", "scores")))
-            | more
-            | {"seconds": seconds}
-        )
-        updates = args.online_steps * args.utd_ratio + (0 if args.offline_checkpoint else args.offline_steps)
-        summary |= {"updates_per_second": updates / seconds}
+        summary |= degradation(progress["offline_score"], progress["steps"], progress["scores"]) | more
+        summary |= {"seconds": progress["seconds"], "updates_per_second": updates / progress["seconds"]}
         summary |= {"versions": {name: version(name) for name in ("torch", "gymnasium", "mujoco", "minari", "numpy")}}
         summary |= {"device": "cuda" if args.cuda else "cpu", "commit": self.commit}
         (self.dir / "summary.json").write_text(json.dumps(summary, indent=2))
@@ -1005,8 +968,6 @@ def train(args: Args) -> dict:
     # ---- setup ----
     run = Run(args)
     task = load_task(args)
-    resolved = args.domain_values["any"] | args.domain_values[task.domain]
-    print("  ".join(f"{name} {getattr(args, name)}" for name in resolved))
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic CUDA kernels need
     torch.use_deterministic_algorithms(args.torch_deterministic)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # one core a run, so that seeds run side by side
@@ -1021,15 +982,14 @@ def train(args: Args) -> dict:
         learner = Explorer(task.data["obs"].shape[1], task.data["action"].shape[1], args)
         evaluator = Evaluator(agent, learner, args)
     identity = {"algorithm": agent.algorithm, "dataset_id": task.dataset_id, "hidden": args.hidden}
-    pretrained = args.offline_checkpoint and load_file(Path(args.offline_checkpoint), phase="offline", **identity)
-    args.offline_steps = pretrained["offline_steps"] if pretrained else args.offline_steps
+    if args.offline_checkpoint:
+        pretrained = load_file(Path(args.offline_checkpoint), phase="offline", **identity)
+        agent.load_state_dict(pretrained["agent"])
+        args.offline_steps = run.progress["offline_step"] = pretrained["offline_steps"]
     run.start(agent=agent, buffer=buffer, learner=learner, evaluator=evaluator)
     progress, eval_env = run.progress, task.make_env(run.dir / "videos" if args.capture_video else None)
 
     # ---- offline ----
-    if pretrained and not progress["offline_step"]:
-        agent.load_state_dict(pretrained["agent"])
-        progress["offline_step"] = args.offline_steps
     if args.compile:
         agent.loss = torch.compile(agent.loss)
     chunk = math.gcd(50, args.offline_steps, args.eval_every, args.save_every)  # updates per call, or per graph replay

@@ -599,9 +599,11 @@ class Run:
         for name in (*positive, "batch_size", "buffer_size", "hidden", "segment_steps", "window", "recovery_ratio"):
             if getattr(args, name, 1) < 1:
                 fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
-        for name in ("gamma", "tau", "dropout", "expectile", "online_share", "confidence"):
+        if not 0 < args.gamma < 1:
+            fail(f"--gamma is {args.gamma}; it must lie between 0 and 1")
+        for name in ("tau", "dropout", "expectile", "online_share", "confidence"):
             share = getattr(args, name, None)  # not every script has every one, and None is the task's own
-            if (share is not None and not 0 <= share <= 1) or args.gamma in (0, 1):
+            if share is not None and not 0 <= share <= 1:
                 fail(f"--{name.replace('_', '-')} is {share}; it must lie between 0 and 1")
         if (args.cuda or args.cuda_graph) and not torch.cuda.is_available():
             fail("--cuda and --cuda-graph need a CUDA device, and there is none here; leave them out")

@@ -771,9 +771,11 @@ class Run:
         for name in (*positive, "batch_size", "buffer_size", "hidden", "segment_steps", "window", "recovery_ratio"):
             if getattr(args, name, 1) < 1:
                 fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
-        for name in ("gamma", "tau", "dropout", "expectile", "online_share", "confidence"):
+        if not 0 < args.gamma < 1:
+            fail(f"--gamma is {args.gamma}; it must lie between 0 and 1")
+        for name in ("tau", "dropout", "expectile", "online_share", "confidence"):
             share = getattr(args, name, None)  # not every script has every one, and None is the task's own
-            if (share is not None and not 0 <= share <= 1) or args.gamma in (0, 1):
+            if share is not None and not 0 <= share <= 1:
                 fail(f"--{name.replace('_', '-')} is {share}; it must lie between 0 and 1")
         if (args.cuda or args.cuda_graph) and not torch.cuda.is_available():
             fail("--cuda and --cuda-graph need a CUDA device, and there is none here; leave them out")
@@ -951,9 +953,9 @@ def train(args: Args) -> dict:
             decided = gate.end(step, level, values, gains) | {"gate/explorer_share": np.mean(explored)}
             run.log("online", step, {"episodic_return": episode_return} | decided)
             if gate.promoted:  # [D9]
-                copy_weights(
-                    explorer.actor.net, guide.actor.net, *([explorer.anchor_net] if args.explorer == "sac" else [])
-                )
+                copy_weights(explorer.actor.net, guide.actor.net)
+                if args.explorer == "sac":
+                    copy_weights(explorer.actor.net, explorer.anchor_net)
             if args.explorer == "sac" and args.warm_start and gate.warm:  # [D8]
                 explorer.anchor.lerp_(torch.tensor(args.anchor * (1 - gate.level), device=device), 0.2)
             progress["episode"] += 1

@@ -696,6 +696,7 @@ def train(args: Args) -> dict:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic CUDA kernels need
     torch.use_deterministic_algorithms(args.torch_deterministic)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # one core a run, so that seeds run side by side
+    torch.set_flush_denormal(True)  # what is left of Adam's moments of idle weights would be slow
     torch.set_float32_matmul_precision(args.matmul_precision)
     random.seed(args.seed)
     np.random.seed(args.seed)

@@ -27,11 +27,12 @@ results: README.md. Our choices:
      is refuted when its upper bound is below the guide less the tolerance: the next one is smaller, and waits longer
      each time. The tolerance is a share of the dataset's range of returns: noisy tasks have a wide one. Trials act with
      the explorer's noise, which is not deployed.
-[D7] `level` closes by the same test of its last four episodes: to where the loss, were it in proportion to the level,
-     is tolerated. It is compared with the guide, not with the best so far: closing only leads back to the guide.
+[D7] `level` closes by the same test of its last four episodes at half the tolerance: to where the loss, were it in
+     proportion to the level, is tolerated. It is compared with the guide, not with the best so far: closing only leads
+     back to the guide.
 [D8] An explorer that may not act gets no data to correct what it overrates, and falls to nothing behind a closed gate.
      So its policy loss holds it to the guide, as TD3+BC (Fujimoto, Gu 2021) does to the data, by a weight that falls
-     with the level and is 0 where the gate is open.
+     with the mean of level and trial (half of the way in 1,000 steps) and is 0 where the gate is open.
 [D9] SAC may lose what it has gained. So an explorer whose lower bound is above its guide by more than the tolerance
      becomes the guide (--promote), after an episode no worse than its mean: frozen, deployed, and measured alone in
      three episodes. The explorer goes on learning and is compared with it from then on; closing leads back to it.
@@ -593,6 +594,10 @@ class Gate:
         """The deployed policy."""
         return (explorer if self.explores(t, self.level) else guide).act(obs)
 
+    def margin(self) -> float:
+        """Loss that refutes: half the tolerance where the explorer is deployed already [D7]."""
+        return self.tolerance / 2 if self.trial == self.level else self.tolerance
+
     def next_level(self) -> float:
         """Level of the next training episode: where a trial stays undecided, the guide's sample grows as well."""
         compared = self.args.gate == "confidence" and self.trial > self.level and len(self.results) > len(self.guide)
@@ -637,7 +642,7 @@ class Gate:
             sample, guide = pairs[self.args.estimator]
             estimate, lower, _ = bounds(sample, guide, confidence)
             recent, _, upper = bounds(sample[-4:], guide, confidence)
-            estimates = recent if upper < -self.tolerance else estimate, lower, upper
+            estimates = recent if upper < -self.margin() else estimate, lower, upper
             base = self.task.score(0.0) + np.mean([sum(gains) for _, gains in self.guide])
             named = {"estimate": estimate, "lower": lower, "upper": upper, "reference": reference}
             log |= {name: base + value for name, value in named.items()}
@@ -669,7 +674,7 @@ class Gate:
                 self.results = []
             return int(opens)
         opens = self.trial > self.level and len(self.results) >= 3 and lower > reference - self.tolerance
-        refuted = self.trial > 0 and upper < -self.tolerance
+        refuted = self.trial > 0 and upper < -self.margin()
         if refuted:
             if self.trial == self.level:  # to where the loss is tolerated, if it is in proportion to the level [D7]
                 share = math.floor(10 * self.level * self.tolerance / -estimate) / 10
@@ -868,6 +873,7 @@ def train(args: Args) -> dict:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic CUDA kernels need
     torch.use_deterministic_algorithms(args.torch_deterministic)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # one core a run, so that seeds run side by side
+    torch.set_flush_denormal(True)  # what is left of Adam's moments of idle weights would be slow
     torch.set_float32_matmul_precision(args.matmul_precision)
     random.seed(args.seed)
     np.random.seed(args.seed)
@@ -957,7 +963,8 @@ def train(args: Args) -> dict:
                 if args.explorer == "sac":
                     copy_weights(explorer.actor.net, explorer.anchor_net)
             if args.explorer == "sac" and args.warm_start and gate.warm:  # [D8]
-                explorer.anchor.lerp_(torch.tensor(args.anchor * (1 - gate.level), device=device), 0.2)
+                weight = args.anchor * (1 - (gate.level + gate.trial) / 2)
+                explorer.anchor.lerp_(torch.tensor(weight, device=device), 1 - 0.5 ** (len(trail) / 1000))
             progress["episode"] += 1
             if run.stop or step - run.saved_at >= args.save_every:
                 run.save()

@@ -19,8 +19,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 
 declare -A FLAGS=( # variant -> flags beside its script's defaults; script:word runs under the name script_word
   [iql_finetune]="" [iql_finetune:mixed]="--online-share 0.5"
-  [jsrl_gated]="" [jsrl_gated:open]="--gate open" [jsrl_gated:curriculum]="--gate curriculum"
-  [jsrl_gated:random]="--gate random" [jsrl_gated:no_promote]="--no-promote"
+  [jsrl_gated]="" [jsrl_gated:open]="--gate open --anchor-open 0" [jsrl_gated:no_gate]="--gate open"
+  [jsrl_gated:curriculum]="--gate curriculum" [jsrl_gated:random]="--gate random" [jsrl_gated:no_promote]="--no-promote"
   [sft_reset]="" [sft_reset:online]="--evaluator online" [sft_reset:offline]="--evaluator offline"
   [sft_reset:noreset]="--reset-every 0"
   [cal_ql]="" [cal_ql:no_calibrate]="--no-calibrate"
@@ -30,12 +30,12 @@ preset() {
   case $1 in
     quick)
       TASKS="hopper-medium walker2d-medium halfcheetah-medium walker2d-expert pointmaze-medium" SEEDS="1 2 3"
-      SCRIPTS="cal_ql jsrl_gated sft_reset iql_finetune jsrl_gated:open" OFFLINE_STEPS=100000 ONLINE_STEPS=50000 ;;
+      SCRIPTS="cal_ql jsrl_gated sft_reset iql_finetune jsrl_gated:open" OFFLINE_STEPS=200000 ONLINE_STEPS=50000 ;;
     full)
       TASKS=$(echo {hopper,walker2d,halfcheetah}-medium{,-replay,-expert} antmaze-umaze{,-diverse} \
         antmaze-{medium,large}-{play,diverse} {pen,door,hammer,relocate}-{human,cloned} kitchen-{complete,partial,mixed})
-      SCRIPTS="cal_ql cal_ql:no_calibrate jsrl_gated jsrl_gated:open jsrl_gated:curriculum jsrl_gated:random"
-      SCRIPTS+=" jsrl_gated:no_promote sft_reset sft_reset:online sft_reset:offline sft_reset:noreset iql_finetune"
+      SCRIPTS="cal_ql cal_ql:no_calibrate jsrl_gated jsrl_gated:open jsrl_gated:no_gate jsrl_gated:curriculum"
+      SCRIPTS+=" jsrl_gated:random jsrl_gated:no_promote sft_reset sft_reset:online sft_reset:offline sft_reset:noreset iql_finetune"
       SCRIPTS+=" iql_finetune:mixed"
       SEEDS="1 2 3 4 5" OFFLINE_STEPS=1000000 ONLINE_STEPS=1000000 ;;
     *) fail "unknown preset $1; there are quick and full" ;;

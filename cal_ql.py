@@ -627,7 +627,8 @@ class Run:
             for set_state, state in zip(restore, saved["rng"], strict=True):
                 set_state(state)
         git = ["git", "-C", Path(__file__).parent, "rev-parse", "--verify", "-q", "HEAD"]
-        self.commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+        found = subprocess.run(git, capture_output=True, text=True).stdout if shutil.which("git") else ""
+        self.commit = found.strip() or None
         self.dir.mkdir(parents=True, exist_ok=True)
         (self.dir / "args.json").write_text(json.dumps(settings, indent=2))
         shutil.copy(__file__, self.dir)

@@ -32,10 +32,12 @@ results: README.md. Our choices:
      back to the guide.
 [D8] An explorer that may not act gets no data to correct what it overrates, and falls to nothing behind a closed gate.
      So its policy loss holds it to the guide, as TD3+BC (Fujimoto, Gu 2021) does to the data, by a weight that falls
-     with the mean of level and trial (half of the way in 1,000 steps) and is 0 where the gate is open.
-[D9] SAC may lose what it has gained. So an explorer whose lower bound is above its guide by more than the tolerance
-     becomes the guide (--promote), after an episode no worse than its mean: frozen, deployed, and measured alone in
-     three episodes. The explorer goes on learning and is compared with it from then on; closing leads back to it.
+     with the mean of level and trial, half of the way in 1,000 steps. Where the gate is open a little of it stays:
+     without (`--gate open --anchor-open 0`, plain fine-tuning) hopper's learner falls for good.
+[D9] SAC may lose what it has gained. So an explorer whose lower bound is above its guide by more than the tolerance is
+     copied (--promote), after an episode no worse than its mean. The frozen copy acts alone in training episodes, while
+     the guide is deployed, until the bounds of its own returns decide: it becomes the guide, or is dropped. Bounds of a
+     policy that learns on say little of one moment: hopper's copy of a policy that had returned 3,300 returned 330.
 """
 
 import copy
@@ -107,6 +109,7 @@ class Args:
     warmup_steps: int = 5_000  # environment steps that the guide takes first, at least three episodes, without updates
     temperature: float = 0.02  # alpha of SAC, for rewards of about 1 a step [D2]
     anchor: float = 0.4  # weight of the distance to the guide in the explorer's loss at level 0, in units of |Q| [D8]
+    anchor_open: float = 0.05  # the same at level 1
     initial_std: float = 0.1  # of the online learner's action before the tanh
     gate: Literal["confidence", "curriculum", "random", "open", "closed"] = "confidence"  # see Gate.decide
     switch: Literal["horizon", "random"] = "horizon"  # the explorer gets the end of an episode, or segments all over it
@@ -571,7 +574,7 @@ class Gate:
         self.notch, self.wait, self.patience = 0.2, 0, 1  # next step up; episodes until it; wait after a refutation
         self.length, self.guide = 0.0, []  # median length and the [values, gains] of the guide's latest episodes
         self.results = []  # [values, gains, switch step] of the latest episodes at `trial`
-        self.promoted = False  # whether the latest episode made the explorer the guide [D9]
+        self.candidate, self.tested = False, []  # a copy of the explorer is tested; its [values, gains] [D9]
         self.confirmed = [[0.0, 0.0]]  # [level, lower bound] of what has opened
 
     def state_dict(self) -> dict:
@@ -628,7 +631,9 @@ class Gate:
             gains = np.diff(np.maximum.accumulate(gains), prepend=0)  # the first success counts, once
         gains = [float(gain) * 100 / (self.task.ref_max - self.task.ref_min) for gain in gains]
         switch = self.switch_step(level)
-        if level == 0:
+        if self.candidate:
+            self.tested = [*self.tested, [values, gains]]
+        elif level == 0:
             self.guide = [*self.guide, [values, gains]][-30:]
             self.length = float(np.median([len(values) for values, _ in self.guide]))
         elif len(gains) > switch:  # an episode that ended before says nothing about the explorer
@@ -647,16 +652,28 @@ class Gate:
             named = {"estimate": estimate, "lower": lower, "upper": upper, "reference": reference}
             log |= {name: base + value for name, value in named.items()}
             log["calibration"] = np.mean(pairs["advantage"][1])
-        if self.warm:
+        promoted = self.judge() if self.candidate else 0
+        if self.warm and not self.candidate:
             decision = self.decide(*estimates, reference)
         better = self.level == 1 and len(self.results) >= 5 and estimates[1] > self.tolerance
         better = better and sample[-1] >= np.mean(sample)  # not where the latest episode begins a fall
-        self.promoted = bool(better and self.args.promote and self.args.gate == "confidence")
-        if self.promoted:
-            self.guide, self.results, self.confirmed = [], [], [[0.0, 0.0]]
-            self.level, self.trial, self.notch = 0.0, 0.0, 1.0
-        log |= {"level": self.level, "decision": decision, "promoted": self.promoted}
+        if better and self.args.promote and self.args.gate == "confidence":
+            self.candidate, self.results = True, []
+            self.level, self.trial, self.notch, self.wait = 0.0, 0.0, 1.0, 0
+        log |= {"level": self.level, "decision": decision, "promoted": promoted}
         return {f"gate/{name}": value for name, value in log.items()}
+
+    def judge(self) -> int:
+        """1: the candidate becomes the guide, -1: it is dropped, 0: undecided [D9]."""
+        tested, guide = ([sum(gains) for _, gains in episodes] for episodes in (self.tested, self.guide))
+        lower, upper = bounds(tested, guide, self.args.confidence)[1:] if len(tested) >= 3 else (-math.inf, math.inf)
+        better, worse = lower > 0, upper < self.tolerance or len(tested) == 10
+        if better:
+            self.guide, self.confirmed = self.tested, [[0.0, 0.0]]
+            self.length = float(np.median([len(values) for values, _ in self.guide]))
+        if better or worse:
+            self.candidate, self.tested = False, []
+        return better - (worse and not better)
 
     def decide(self, estimate: float, lower: float, upper: float, reference: float) -> int:
         """Set `level` and the next `trial`; 1: opened, -1: refuted or closed, 0: neither."""
@@ -804,7 +821,8 @@ class Run:
             for set_state, state in zip(restore, saved["rng"], strict=True):
                 set_state(state)
         git = ["git", "-C", Path(__file__).parent, "rev-parse", "--verify", "-q", "HEAD"]
-        self.commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+        found = subprocess.run(git, capture_output=True, text=True).stdout if shutil.which("git") else ""
+        self.commit = found.strip() or None
         self.dir.mkdir(parents=True, exist_ok=True)
         (self.dir / "args.json").write_text(json.dumps(settings, indent=2))
         shutil.copy(__file__, self.dir)
@@ -885,12 +903,13 @@ def train(args: Args) -> dict:
         learner = {"sac": Explorer, "iql": Agent}[args.explorer]
         explorer = learner(task.data["obs"].shape[1], task.data["action"].shape[1], args)
     guide, gate = copy.deepcopy(agent).requires_grad_(False), Gate(args, task)
+    candidate = copy.deepcopy(guide)  # [D9]
     identity = {"algorithm": agent.algorithm, "dataset_id": task.dataset_id, "hidden": args.hidden}
     if args.offline_checkpoint:
         pretrained = load_file(Path(args.offline_checkpoint), phase="offline", **identity)
         agent.load_state_dict(pretrained["agent"])
         args.offline_steps = run.progress["offline_step"] = pretrained["offline_steps"]
-    run.start(agent=agent, buffer=buffer, explorer=explorer, guide=guide, gate=gate)
+    run.start(agent=agent, buffer=buffer, explorer=explorer, guide=guide, candidate=candidate, gate=gate)
     progress, eval_env = run.progress, task.make_env(run.dir / "videos" if args.capture_video else None)
 
     # ---- offline ----
@@ -929,7 +948,7 @@ def train(args: Args) -> dict:
             explorer.load_state_dict(copy.deepcopy(agent.state_dict()))
         elif args.warm_start:
             explorer.warm_start(guide)
-            explorer.anchor.fill_(args.anchor * (args.gate != "open"))
+            explorer.anchor.fill_(args.anchor_open if args.gate == "open" else args.anchor)
         alone = evaluate(explorer.act, eval_env, task, args)["normalized_score"]
         run.log("online", 0, result | {"learner_score": alone})
     over, began, first = True, time.time(), progress["online_step"] + 1
@@ -938,8 +957,9 @@ def train(args: Args) -> dict:
         if over:
             (obs, _), episode_return = env.reset(seed=1_000 * args.seed + progress["episode"]), 0.0
             level, offset, trail = gate.next_level(), random.random(), []
+            lead = candidate if gate.candidate else guide
         explores = gate.explores(len(trail), level, offset)
-        action = explorer.act(obs, noise=1.0) if explores else guide.act(obs)
+        action = explorer.act(obs, noise=1.0) if explores else lead.act(obs)
         losses = update() if gate.warm else {}  # launched before the environment steps: a GPU works meanwhile
         next_obs, reward, terminated, truncated, info = env.step(action)
         buffer.add(obs, action, next_obs, task.transform_reward(reward), terminated)
@@ -958,12 +978,13 @@ def train(args: Args) -> dict:
             values = guide.value(torch.from_numpy(np.stack(states)).to(device)).squeeze(-1).tolist()
             decided = gate.end(step, level, values, gains) | {"gate/explorer_share": np.mean(explored)}
             run.log("online", step, {"episodic_return": episode_return} | decided)
-            if gate.promoted:  # [D9]
-                copy_weights(explorer.actor.net, guide.actor.net)
-                if args.explorer == "sac":
-                    copy_weights(explorer.actor.net, explorer.anchor_net)
+            if gate.candidate and not gate.tested:  # [D9]
+                copy_weights(explorer.actor.net, candidate.actor.net)
+            elif decided["gate/promoted"] > 0:
+                copy_weights(candidate.actor.net, guide.actor.net)
             if args.explorer == "sac" and args.warm_start and gate.warm:  # [D8]
-                weight = args.anchor * (1 - (gate.level + gate.trial) / 2)
+                copy_weights((candidate if gate.candidate else guide).actor.net, explorer.anchor_net)
+                weight = args.anchor + (args.anchor_open - args.anchor) * (gate.level + gate.trial) / 2
                 explorer.anchor.lerp_(torch.tensor(weight, device=device), 1 - 0.5 ** (len(trail) / 1000))
             progress["episode"] += 1
             if run.stop or step - run.saved_at >= args.save_every:

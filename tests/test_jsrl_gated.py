@@ -104,18 +104,31 @@ def test_a_dead_explorer_settles_closed():
     assert sum(acted[20:]) > 0
 
 
-def test_a_clearly_better_explorer_becomes_the_guide():
+def mean_guide(gate: jsrl.Gate) -> float:
+    return np.mean([sum(gains) for _, gains in gate.guide])
+
+
+def test_a_clearly_better_explorer_becomes_the_guide_once_its_copy_has_shown_it():
     gate = make_gate(promote=True)
     play(gate, [60] * 10)
-    assert gate.level == 1 and not gate.promoted  # four episodes at level 1
+    assert gate.level == 1 and not gate.candidate  # four episodes at level 1
     play(gate, [60])
-    assert gate.promoted and gate.level == gate.next_level() == 0 and gate.guide == gate.results == []
+    assert gate.candidate and gate.level == gate.next_level() == 0 and mean_guide(gate) == 50  # the guide is deployed
     history = play(gate, [60, 60, 60, 55, 55, 55, 55], guide=[60])  # at last better than the first guide only
-    assert [level for level, _, _ in history] == [0, 0, 0] + [1] * 7  # measured alone first
-    assert gate.level < 1 and not gate.promoted
+    assert [level for level, _, _ in history] == [0, 0, 0] + [1] * 7  # the copy alone first
+    assert mean_guide(gate) == 60 and gate.level < 1
     gate = make_gate(promote=True)
     play(gate, [51] * 30)  # better by less than the tolerance of 2
-    assert gate.level == 1 and len(gate.guide) == 5 and np.mean([sum(gains) for _, gains in gate.guide]) == 50
+    assert gate.level == 1 and not gate.candidate and mean_guide(gate) == 50
+
+
+@pytest.mark.parametrize(("returns", "episodes"), [([42], 3), ([40, 70], 10)])  # worse; undecided
+def test_a_copy_that_does_not_show_it_is_dropped(returns, episodes):
+    gate = make_gate(promote=True)
+    play(gate, [60] * 11)
+    history = play(gate, [60] * 3, guide=returns)
+    assert [level for level, _, _ in history] == [0] * episodes + [1] * 3
+    assert not gate.candidate and not gate.tested and mean_guide(gate) == 50 and gate.level == 1
 
 
 def play_one(gate: jsrl.Gate, dead: bool) -> float:
@@ -329,7 +342,8 @@ def test_log_prob_is_that_of_the_squashed_normal():
     ("options", "anchor"),
     [
         ({"gate": "closed"}, 0.4),
-        ({"gate": "open"}, 0.0),
+        ({"gate": "open"}, 0.05),
+        ({"gate": "open", "anchor_open": 0.0}, 0.0),
         ({"gate": "curriculum", "switch": "random"}, None),
         ({"gate": "random", "estimator": "returns"}, None),
         ({"explorer": "iql"}, None),

@@ -28,8 +28,8 @@ Our choices:
      correction by gains obtained. A learner is retained when its lower bound is above the estimate of the pair so far
      and, when last probed, it gained no less than what is deployed.
 [D8] A learner that may rarely act gets few data to correct what it overrates. So its policy loss holds it to the
-     retained policy, as TD3+BC (Fujimoto, Gu 2021) does to the data: less while it is stable and its probes gain, more
-     while not.
+     retained policy, as TD3+BC (Fujimoto, Gu 2021) does to the data: less while it is stable and its probes gain, but
+     never less than a quarter (hopper's learner falls for good without), more while not.
 [D9] A reset waits until nothing deployed depends on the learner: just after it was retained, or while what is deployed
      gains nothing by it. Then it starts from nothing, with more updates a step until its Q is stable again or half of
      the time to the next reset is over.
@@ -716,7 +716,7 @@ class Evaluator(nn.Module):
         # Let the learner go while its probes gain, hold it where they lose or surprise [D8]
         gaining = min(len(controls), len(probes)) >= enough and net[probes[-enough:]].sum() > 0
         rate = 0.97 if self.stable and gaining else 1.1
-        learner.anchor.mul_(rate).clamp_(self.most_hold / 50, self.most_hold)
+        learner.anchor.mul_(rate).clamp_(self.most_hold / 4, self.most_hold)
 
         # Policy evaluation [D7]
         if min(len(controls), len(probes)) >= enough:

@@ -30,7 +30,7 @@ preset() {
   case $1 in
     quick)
       TASKS="hopper-medium walker2d-medium halfcheetah-medium walker2d-expert pointmaze-medium" SEEDS="1 2 3"
-      SCRIPTS="cal_ql jsrl_gated sft_reset iql_finetune jsrl_gated:open" OFFLINE_STEPS=200000 ONLINE_STEPS=50000 ;;
+      SCRIPTS="cal_ql jsrl_gated sft_reset iql_finetune jsrl_gated:open" OFFLINE_STEPS=100000 ONLINE_STEPS=50000 ;;
     full)
       TASKS=$(echo {hopper,walker2d,halfcheetah}-medium{,-replay,-expert} antmaze-umaze{,-diverse} \
         antmaze-{medium,large}-{play,diverse} {pen,door,hammer,relocate}-{human,cloned} kitchen-{complete,partial,mixed})

@@ -27,7 +27,8 @@ results: README.md. Our choices:
      is refuted when its upper bound is below the guide less the tolerance: the next one is smaller, and waits longer
      each time. The tolerance is a share of the dataset's range of returns: noisy tasks have a wide one. Trials act with
      the explorer's noise, which is not deployed.
-[D7] `level` closes by the same test of its last four episodes at half the tolerance: to where the loss, were it in
+[D7] The upper bound is the lower one of two: that of the last ten episodes, for a lasting loss amid noise, and that of
+     the last four, for a collapse. `level` closes by the same test at half the tolerance: to where the loss, were it in
      proportion to the level, is tolerated. It is compared with the guide, not with the best so far: closing only leads
      back to the guide.
 [D8] An explorer that may not act gets no data to correct what it overrates, and falls to nothing behind a closed gate.
@@ -645,9 +646,10 @@ class Gate:
             pairs = self.samples()
             log |= {f"width_{name}": np.ptp(bounds(*pair, confidence)[1:]) for name, pair in pairs.items()}
             sample, guide = pairs[self.args.estimator]
-            estimate, lower, _ = bounds(sample, guide, confidence)
-            recent, _, upper = bounds(sample[-4:], guide, confidence)
-            estimates = recent if upper < -self.margin() else estimate, lower, upper
+            estimate, lower, upper = bounds(sample, guide, confidence)
+            recent, _, latest_upper = bounds(sample[-4:], guide, confidence)
+            estimate, upper = recent if latest_upper < -self.margin() else estimate, min(upper, latest_upper)
+            estimates = estimate, lower, upper
             base = self.task.score(0.0) + np.mean([sum(gains) for _, gains in self.guide])
             named = {"estimate": estimate, "lower": lower, "upper": upper, "reference": reference}
             log |= {name: base + value for name, value in named.items()}

@@ -23,6 +23,7 @@ trap 'echo "$name stopped" >>starts.txt; exit 0' TERM
 for i in $(seq ${SLOW:-0}); do sleep 0.05; done
 if [[ -n ${checkpoint:-} && ! -e $checkpoint ]]; then echo "error: no $checkpoint" >&2; exit 2; fi
 if [[ $name == *"${FAIL:-nothing}"* ]]; then echo "error: it was asked to fail" >&2; exit 3; fi
+trap "" INT TERM # an end is told and counted, or neither
 mkdir -p "$dir/$name"
 touch "$dir/$name/offline.pt"
 echo "$name" >>ends.txt
@@ -90,7 +91,7 @@ def test_dry_run_lists_the_commands(bench):
         for script, exp, more in (
             ("iql_finetune", "--exp-name offline ", "2"),
             ("cal_ql", "", "50"),
-            ("jsrl_gated", "--exp-name jsrl_gated_open ", f"50 --gate open {start}"),
+            ("jsrl_gated", "--exp-name jsrl_gated_open ", f"50 --gate open --anchor-open 0 {start}"),
             ("iql_finetune", "", f"50 {start}"),
         )
         for task in ("hopper-medium", "walker2d-medium")

@@ -157,13 +157,14 @@ def test_the_learner_is_let_go_while_stable_and_gaining_and_held_otherwise():
     _, learner, evaluator, _ = make(td_limit=0.1, drift_limit=0.1, calibration_limit=1.0, hold=0.4)
     controls = [row(**CONTROL)] * 4
     for gain, error, factor in ((1.0, 0.0, 0.97), (0.0, 0.0, 1.1), (-1.0, 0.0, 1.1), (1.0, 9.0, 1.1)):
-        learner.anchor.fill_(0.1)
+        learner.anchor.fill_(0.2)
         evaluator.stable = False
         judged(evaluator, learner, controls + [row(gain=gain, error=error * evaluator.scale)] * 4)
-        assert float(learner.anchor) == pytest.approx(0.1 * factor)
-    for _ in range(20):
-        judged(evaluator, learner, controls)
-    assert float(learner.anchor) == pytest.approx(0.4)  # and no more than that
+        assert float(learner.anchor) == pytest.approx(0.2 * factor)
+    for probe, end in ((1.0, 0.1), (-1.0, 0.4)):  # never less than a quarter, and no more than all
+        for _ in range(50):
+            judged(evaluator, learner, controls + [row(gain=probe)] * 4)
+        assert float(learner.anchor) == pytest.approx(end)
 
 
 # ---- stability ----

@@ -21,7 +21,7 @@ EXCUSED_FIELDS = {
     "domain_values": "each algorithm's own hyper-parameters",
 }
 EXCUSED_LINES = {  # in setup, offline and finish of `train`: pattern, reason
-    r"learner = |explorer = |gate = |evaluator = |run\.start\(": "online parts are built with the others",
+    r"learner = |explorer = |gate = |candidate = |evaluator = |run\.start\(": "online parts are built with the others",
     r"save_file|online\.pt|identity|parts = |^[+-]\s*\)$|run\.finish|never stable|evaluator\.": "and saved with them",
 }
 ALL = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
@@ -89,7 +89,7 @@ def test_shared_sections_of_train_differ_only_where_excused(pair, section):
 
 
 @ALL
-@pytest.mark.xfail(reason="the cap is not reached yet: 692 to 1072 lines", strict=True)
+@pytest.mark.xfail(reason="the cap is not reached yet: 696 to 1076 lines", strict=True)
 def test_script_is_short(script):
     assert len(script.read_text().splitlines()) <= 500
 

@@ -25,8 +25,10 @@ Our choices:
 [D6] A gain obtained is a sum of TD errors of the retained policy's fitted Q. Whatever is wrong with that Q shows in the
      segments of the retained policy alone and is subtracted.
 [D7] Policy evaluation takes the inverse-variance mean of the critic at start states, fitted Q evaluation there, and its
-     correction by gains obtained. A learner is retained when its lower bound is above the estimate of the pair so far
-     and, when last probed, it gained no less than what is deployed.
+     correction by gains obtained. A learner is proposed when its lower bound is above the estimate of the pair so far
+     and, when last probed, it gained no less than what is deployed. No segment shows what leads to a fall, so a frozen
+     copy then acts alone in whole episodes, and replaces the pair when their returns are higher by more than the bound.
+     Each refusal doubles the time to the next proposal. The first three episodes are the retained policy's alone.
 [D8] A learner that may rarely act gets few data to correct what it overrates. So its policy loss holds it to the
      retained policy, as TD3+BC (Fujimoto, Gu 2021) does to the data: less while it is stable and its probes gain, but
      never less than a quarter (hopper's learner falls for good without), more while not.
@@ -588,8 +590,9 @@ class Evaluator(nn.Module):
     def __init__(self, agent: Agent, learner: Explorer, args: Args):
         super().__init__()
         self.args = args
-        # Copies, which no update reaches: the offline agent, and room for a learner that replaces it.
-        self.frozen = nn.ModuleList(copy.deepcopy(pair).requires_grad_(False).eval() for pair in (agent, learner))
+        # Copies, which no update reaches.
+        pairs = agent, learner, learner  # the offline pair, the learner that replaced it, and the one proposed
+        self.frozen = nn.ModuleList(copy.deepcopy(pair).requires_grad_(False).eval() for pair in pairs)
         self.fitted = nn.ModuleList(copy.deepcopy(agent.critic) for _ in range(2))
         self.fitted_targets = copy.deepcopy(self.fitted).requires_grad_(False)
         self.optimizer = torch.optim.Adam(self.fitted.parameters(), args.learning_rate)
@@ -598,6 +601,8 @@ class Evaluator(nn.Module):
         self.most_hold = 0.0 if args.evaluator == "online" else args.hold
         self.kind, self.stable, self.recovering = "select", False, False
         self.replaced = self.resets = self.last_reset = self.segments = self.stable_segments = self.probe_steps = 0
+        self.proving, self.refused, self.next_proposal, self.alone = False, 0, args.window, -1
+        self.returns = [[], []]  # of whole episodes of the retained policy alone, and of the proposed one
         self.records, self.segment, self.values, self.history = [], [], [], []
         self.margins, self.estimates = [math.inf, math.inf], [[0.0, 0.0], [0.0, 0.0]]  # value and its standard error
 
@@ -608,9 +613,12 @@ class Evaluator(nn.Module):
             critic.load_state_dict(agent.critic.state_dict())
         self.starts.copy_(torch.from_numpy(np.stack(starts)))
         self.horizon, self.score = 1 / (1 - self.args.gamma), float(score)  # effective; of the retained policy
+        self.per_return = 100 / (task.ref_max - task.ref_min)
+        self.alone = 0 if self.args.evaluator == "frozen-until-stable" else -1  # whose the whole episode is
+        self.kind = "control" if self.alone == 0 else self.kind
         self.scale = float(np.abs(task.data["reward"]).mean()) * self.horizon + 1e-6  # the unit of the limits
         steps = len(task.data["reward"]) / max(task.data["terminated"].sum() + task.data["truncated"].sum(), 1)
-        self.per_value = float(100 * steps / self.horizon / task.reward_scale / (task.ref_max - task.ref_min))
+        self.per_value = float(steps / self.horizon / task.reward_scale * self.per_return)
 
     @property
     def retained(self) -> nn.Module:
@@ -688,7 +696,7 @@ class Evaluator(nn.Module):
         controls, mixed = (np.flatnonzero(rows)[-2 * window :] for rows in (role < 0, acted > 0))
         recent = np.arange(len(role)) >= len(role) - 5 * window
         probes, selected = (np.flatnonzero(rows)[-window:] for rows in (role > 0, recent & (role == 0)))
-        log, replaced, self.margins = {"learner_share": acted[-1] / weight[-1]}, False, [math.inf, math.inf]
+        log, self.margins = {"learner_share": acted[-1] / weight[-1]}, [math.inf, math.inf]
         deployed = 0.0  # gain over the retained policy
 
         # Stability [D5]
@@ -732,19 +740,14 @@ class Evaluator(nn.Module):
             lower = value - args.bound_errors * error
             log |= {"retained_value": retained, "learner_value": value, "learner_lower": lower}
             log |= {"learner_gain": obtained, "deployed_gain": deployed}
-            replaced = (
-                args.evaluator != "offline"
-                and self.stable
-                and self.segments % window == 0
-                and lower > retained
-                and obtained >= deployed
-            )
-            if replaced:
-                self.replace(learner)
+            better = self.stable and lower > retained and obtained >= deployed and not self.proving
+            if better and self.segments >= self.next_proposal and args.evaluator == "frozen-until-stable":
+                self.frozen[2].load_state_dict(learner.state_dict())
+                self.proving = True
 
         # Reset: due, and nothing deployed depends on the learner [D9]
         due = due and step - self.last_reset >= due
-        if due and (replaced or deployed <= 0 or args.evaluator == "online"):
+        if due and (deployed <= 0 or args.evaluator == "online"):
             reset(learner)
             learner.anchor.fill_(self.most_hold)
             self.records, self.values, self.margins = [row for row in self.records if row[-1] < 0], [], [math.inf] * 2
@@ -756,17 +759,44 @@ class Evaluator(nn.Module):
         draw, otherwise = np.random.rand(), "sample" if args.selection == "softmax" else "select"
         control = math.isfinite(self.margins[self.active]) and draw > 1 - args.control_share
         self.kind = "probe" if healthy and draw < args.probe_share else "control" if control else otherwise
-        log |= {"margin": min(self.margins[self.active], self.scale), "hold": learner.anchor, "replaced": self.replaced}
-        return log | {"stable": self.stable, "resets": self.resets, "probe_steps": self.probe_steps}
+        self.kind = "control" if self.alone == 0 else self.kind
+        log |= {"margin": min(self.margins[self.active], self.scale), "hold": learner.anchor, "proving": self.proving}
+        log |= {"stable": self.stable, "replaced": self.replaced, "resets": self.resets}
+        return log | {"probe_steps": self.probe_steps}
+
+    def end_episode(self, learner: Explorer, episode_return: float) -> None:
+        """Whether the proposed learner is retained, and whether the next episode is wholly one policy's [D7]."""
+        if self.alone >= 0:
+            self.returns[self.alone].append(float(episode_return))
+        if len(self.returns[1]) >= 3:
+            (old, doubt), (new, error) = (ratio(np.array(sample), np.ones(len(sample))) for sample in self.returns)
+            bound = self.args.bound_errors * math.hypot(doubt, error)
+            if new - old > bound:
+                self.score, self.refused = float(self.score + self.per_return * (new - old)), 0
+                self.replace(learner)
+            elif new - old < -bound or len(self.returns[1]) == 10:
+                self.refused += 1
+                self.forget_proposal()
+        self.alone = -1
+        if self.args.evaluator == "frozen-until-stable" and (self.proving or len(self.returns[0]) < 3):
+            self.alone = int(3 <= len(self.returns[0]) >= len(self.returns[1]))
+            self.kind = ("control", "trial")[self.alone]
+        elif self.kind == "trial":
+            self.kind = "select"
+
+    def forget_proposal(self) -> None:
+        self.proving, self.returns[1] = False, []
+        self.next_proposal = self.segments + self.args.window * 2**self.refused
 
     def replace(self, learner: Explorer) -> None:
-        """The learner as it is now becomes the retained pair; what was measured against the old one is forgotten."""
-        self.score, self.replaced = self.predicted_score(), self.replaced + 1
-        self.frozen[1].load_state_dict(learner.state_dict())
-        copy_weights(learner.actor.net, learner.anchor_net)
+        """The proposed learner becomes the retained pair; what was measured against the old one is forgotten."""
+        self.replaced, self.returns[0] = self.replaced + 1, self.returns[1]
+        self.frozen[1].load_state_dict(self.frozen[2].state_dict())
+        copy_weights(self.frozen[1].actor.net, learner.anchor_net)
         for critics in (self.fitted, self.fitted_targets):
             critics[0].load_state_dict(critics[1].state_dict())
         self.records, self.margins, self.estimates[0] = [], [math.inf, math.inf], self.estimates[1]
+        self.forget_proposal()
 
     def predicted_score(self) -> float:
         """The learner's score as policy evaluation sees it: that of the offline policy, and all gains since."""
@@ -1037,14 +1067,16 @@ def train(args: Args) -> dict:
         updates = args.recovery_ratio if evaluator.recovering else 1
         for _ in range(updates if evaluator.segments >= args.window else 0):
             losses = update()  # launched before the environment steps: a GPU works meanwhile
-        next_obs, reward, terminated, truncated, _ = env.step(actions[turn])
-        row = (obs, actions[turn], next_obs, task.transform_reward(reward), terminated)
+        action = evaluator.frozen[2].act(obs) if evaluator.kind == "trial" else actions[turn]  # [D7]
+        next_obs, reward, terminated, truncated, _ = env.step(action)
+        row = (obs, action, next_obs, task.transform_reward(reward), terminated)
         buffer.add(*row)
-        evaluator.segment.append((*row, turn, gains))
+        if evaluator.kind != "trial":
+            evaluator.segment.append((*row, turn, gains))
         obs, over, episode_return = next_obs, terminated or truncated, episode_return + reward
         run.check("online", step, losses)
         progress["online_step"] = step
-        if over or len(evaluator.segment) == args.segment_steps:
+        if evaluator.kind != "trial" and (over or len(evaluator.segment) == args.segment_steps):
             evaluator.end_segment(learner)
             evaluator.fit(learner, buffer, args.segment_steps // 5)
             log = evaluator.judge(learner, step)
@@ -1060,6 +1092,7 @@ def train(args: Args) -> dict:
             bar.set_postfix(score=f"{result['normalized_score']:.1f}", learner=f"{result['learner_score']:.1f}")
         if over:
             run.log("online", step, {"episodic_return": episode_return})
+            evaluator.end_episode(learner, episode_return)
             progress["episode"] += 1
             if run.stop or step - run.saved_at >= args.save_every:
                 run.save()

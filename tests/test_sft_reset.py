@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+from itertools import cycle
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -62,7 +63,7 @@ CONTROL = {"acted": False, "probe": False}
 
 def judged(evaluator, learner, records, step=1, values=None):
     evaluator.records, evaluator.segments = [list(map(float, r)) for r in records], len(records)
-    evaluator.values = values or [1.0] * (evaluator.args.window + 1)
+    evaluator.values, evaluator.alone = values or [1.0] * (evaluator.args.window + 1), -1
     return evaluator.judge(learner, step)
 
 
@@ -269,38 +270,66 @@ def test_end_segment_keeps_gain_errors_and_promises():
     assert evaluator.segment == [] and evaluator.probe_steps == 6
 
 
-def replacement(monkeypatch, learner_value, gain=1.0, deployed=None, stable=True):
-    """Whether a learner of this (value, error) replaces a retained pair of value 10."""
-    agent, learner, evaluator, _ = make(bound_errors=2.0, **LIMITS)
-    answers = iter([(10.0, 0.1), learner_value])
+@pytest.mark.parametrize(
+    ("learner_value", "gain", "deployed", "stable", "proposed"),
+    [
+        ((11.0, 0.4), 1.0, None, True, True),
+        ((11.0, 0.5), 1.0, None, True, False),  # lower bound 10: a tie goes to the retained pair
+        ((11.0, 0.6), 1.0, None, True, False),
+        ((11.0, 0.4), 1.0, 0.5, True, True),
+        ((11.0, 0.4), 1.0, 1.5, True, False),  # what is deployed gains more than the learner alone
+        ((11.0, 0.4), -1.0, None, True, False),
+        ((11.0, 0.4), 1.0, None, False, False),
+    ],
+)
+def test_proposed_only_with_the_lower_bound_above(monkeypatch, learner_value, gain, deployed, stable, proposed):
+    _, learner, evaluator, _ = make(bound_errors=2.0, **LIMITS)
+    answers = iter([(10.0, 0.1), learner_value])  # of the retained pair first
     monkeypatch.setattr("sft_reset.combine", lambda _: next(answers))
     records = [row(**CONTROL)] * 4 + [row(gain=gain, error=0.0 if stable else 9 * evaluator.scale)] * 4
     records += [row(gain=deployed, probe=False)] * 4 if deployed is not None else []
+    learner.actor.net[-1].bias.data += 1.0
     judged(evaluator, learner, records)
-    return agent, learner, evaluator
+    assert evaluator.proving == proposed and evaluator.replaced == 0
+    copied = torch.equal(evaluator.frozen[2].actor.net[-1].bias, learner.actor.net[-1].bias)
+    assert copied == proposed and evaluator.retained is evaluator.frozen[0]
+
+
+def prove(evaluator, learner, retained, proposed):
+    """Scripted returns for as long as whole episodes are one policy's: who acted in each."""
+    returns, actors = (cycle(retained), cycle(proposed)), []
+    evaluator.end_episode(learner, 0.0)
+    while evaluator.alone >= 0:
+        assert evaluator.kind == ("control", "trial")[evaluator.alone]
+        actors.append(evaluator.alone)
+        evaluator.end_episode(learner, next(returns[evaluator.alone]))
+    assert evaluator.kind != "trial"
+    return actors
 
 
 @pytest.mark.parametrize(
-    ("case", "replaced"),
+    ("proposed", "replaced", "episodes"),
     [
-        ({"learner_value": (11.0, 0.4)}, 1),
-        ({"learner_value": (11.0, 0.5)}, 0),  # lower bound 10: a tie goes to the retained pair
-        ({"learner_value": (11.0, 0.6)}, 0),
-        ({"learner_value": (11.0, 0.4), "deployed": 0.5}, 1),
-        ({"learner_value": (11.0, 0.4), "deployed": 1.5}, 0),  # what is deployed gains more than the learner alone
-        ({"learner_value": (11.0, 0.4), "gain": -1.0}, 0),
-        ({"learner_value": (11.0, 0.4), "stable": False}, 0),
+        ([60.0, 61.0, 62.0], 1, [1] * 3),
+        ([40.0, 41.0, 42.0], 0, [1] * 3),
+        ([20.0, 80.0], 0, [1] * 4 + [0, 1] * 6),  # undecided: both are asked, until it was ten times
     ],
 )
-def test_replaced_only_with_the_lower_bound_above(monkeypatch, case, replaced):
-    agent, learner, evaluator = replacement(monkeypatch, **case)
-    assert evaluator.replaced == replaced
-    new = learner if replaced else agent
-    assert all(torch.equal(p, q) for p, q in zip(evaluator.retained.parameters(), new.parameters(), strict=True))
+def test_a_proposal_replaces_the_pair_only_after_whole_episodes_that_show_it(proposed, replaced, episodes):
+    _, learner, evaluator, _ = make(bound_errors=2.0)
+    evaluator.alone, evaluator.segments = -1, 100
+    assert prove(evaluator, learner, [49.0, 50.0, 51.0], []) == [0] * 3  # the retained policy first
+    evaluator.frozen[2].actor.net[-1].bias.data += 1.0
+    evaluator.proving = True
+    assert prove(evaluator, learner, [49.0, 50.0, 51.0], proposed) == episodes
+    assert not evaluator.proving and evaluator.replaced == replaced and evaluator.returns[1] == []
+    assert evaluator.refused == 1 - replaced and evaluator.next_proposal == 100 + 4 * 2**evaluator.refused
     if replaced:
+        proved = evaluator.frozen[2].actor.net[-1].bias
+        assert torch.equal(evaluator.retained.actor.net[-1].bias, proved) and evaluator.returns[0] == proposed
+        assert torch.equal(learner.anchor_net[-1].bias, proved)
         assert evaluator.records == [] and evaluator.margins == [math.inf, math.inf]
-        steps, horizon = 50, 100  # of an episode, effective
-        assert evaluator.predicted_score() == pytest.approx(30.0 + 1.0 * steps / horizon)
+        assert evaluator.score == pytest.approx(30.0 + 11.0)
 
 
 # ---- frozen copies, resets, resume ----
@@ -320,6 +349,7 @@ def test_the_retained_pair_is_bit_equal_after_updates_and_resets():
     train_a_little(learner, evaluator, buffer)
     after = evaluator.retained.state_dict()
     assert all(torch.equal(before[key], after[key]) for key in before if torch.is_tensor(before[key]))
+    evaluator.frozen[2].load_state_dict(learner.state_dict())
     evaluator.replace(learner)
     before = [p.clone() for p in evaluator.retained.parameters()]
     train_a_little(learner, evaluator, buffer)
@@ -421,15 +451,14 @@ class Crash(Exception):
 
 def test_resumed_in_a_recovery_and_after_replacements_it_is_the_same_run(toy_args, tmp_path, monkeypatch):
     # A reset half-way through an episode; the lower bound is the estimate, so that learners are retained on a whim.
-    args = toy_args | EASY | {"online_steps": 300, "reset_every": 33, "bound_errors": -1e3, "eval_episodes": 1}
+    args = toy_args | EASY | {"online_steps": 550, "reset_every": 33, "bound_errors": -1e3, "eval_episodes": 1}
     whole = train(Args(**args | {"run_dir": str(tmp_path / "whole")}))
     assert whole["resets"] > 1 and whole["replaced"] > 0 and 0 < whole["stable_share"] < 1 and whole["probe_steps"] > 0
-    seen, original = [], Evaluator.judge
+    original = Evaluator.judge
 
     def crashing(self, learner, step):
         log = original(self, learner, step)
-        seen.append(self.recovering)
-        if sum(seen) == 3 and seen[-1]:
+        if self.recovering and self.replaced:
             raise Crash
         return log
 

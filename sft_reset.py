@@ -19,7 +19,8 @@ Our choices:
 [D4] The learner acts in a state only if both critics of the selecting Q promise more than a margin above the retained
      action: the excess of promised over obtained gains in recent segments, plus its standard error. Ties are the
      retained pair's. Where the latest selections lost by more than their standard error it acts alone, until they are
-     five windows old.
+     five windows old. What is deployed selects only where they gained by more than it: to be tried, a selection must
+     not be known to lose, to be deployed it must be known to gain.
 [D5] Stable is a new Q whose TD error, drift at fixed states and error of k-step returns in probes are small over a
      window; it stays so until one exceeds twice its limit. Until then the offline Q selects, under the same rule.
 [D6] A gain obtained is a sum of TD errors of the retained policy's fitted Q. Whatever is wrong with that Q shows in the
@@ -599,7 +600,7 @@ class Evaluator(nn.Module):
         self.register_buffer("starts", torch.zeros(64, agent.value[0].in_features))  # observations that begin episodes
         # From here on what is a number, a string or a list is saved with the networks.
         self.most_hold = 0.0 if args.evaluator == "online" else args.hold
-        self.kind, self.stable, self.recovering = "select", False, False
+        self.kind, self.stable, self.recovering, self.trusted = "select", False, False, False
         self.replaced = self.resets = self.last_reset = self.segments = self.stable_segments = self.probe_steps = 0
         self.proving, self.refused, self.next_proposal, self.alone = False, 0, args.window, -1
         self.returns = [[], []]  # of whole episodes of the retained policy alone, and of the proposed one
@@ -647,7 +648,7 @@ class Evaluator(nn.Module):
     def act(self, learner: Explorer, obs: np.ndarray, t: int = 0) -> np.ndarray:
         """The deployed action: deterministic, and leaves no trace."""
         actions, gains = self.propose(learner, obs)
-        return actions[self.turn(gains)]
+        return actions[self.turn(gains) if self.trusted else 0]
 
     def end_segment(self, learner: Explorer) -> None:
         """Keep what `self.segment` promised and obtained, as a row of `self.records` [D5] [D6]."""
@@ -697,7 +698,7 @@ class Evaluator(nn.Module):
         recent = np.arange(len(role)) >= len(role) - 5 * window
         probes, selected = (np.flatnonzero(rows)[-window:] for rows in (role > 0, recent & (role == 0)))
         log, self.margins = {"learner_share": acted[-1] / weight[-1]}, [math.inf, math.inf]
-        deployed = 0.0  # gain over the retained policy
+        self.trusted, deployed = args.evaluator == "online", 0.0  # its gain over the retained policy
 
         # Stability [D5]
         if len(self.values) > window:
@@ -719,7 +720,10 @@ class Evaluator(nn.Module):
             self.margins = [float(max(excess, 0.0) + math.hypot(error, doubts)) for excess, error in errors]
         if min(len(controls), len(selected)) >= enough:
             obtained, error = ratio(net[selected], weight[selected])
-            self.margins = [math.inf, math.inf] if obtained + math.hypot(error, doubt) < 0 else self.margins
+            error = math.hypot(error, doubt)
+            self.margins = [math.inf, math.inf] if obtained < -error else self.margins
+            self.trusted = self.trusted or bool(obtained > error)
+            deployed = obtained if self.trusted else 0.0
 
         # Let the learner go while its probes gain, hold it where they lose or surprise [D8]
         gaining = min(len(controls), len(probes)) >= enough and net[probes[-enough:]].sum() > 0
@@ -736,7 +740,7 @@ class Evaluator(nn.Module):
                     sources.append([value.mean(), value.std() + self.horizon * np.abs(doubt).sum()])
                 self.estimates[i] = list(combine(sources))
             (retained, _), (value, error) = self.estimates
-            obtained, deployed = (ratio(net[rows], weight[rows])[0] for rows in (probes, selected))
+            obtained = ratio(net[probes], weight[probes])[0]
             lower = value - args.bound_errors * error
             log |= {"retained_value": retained, "learner_value": value, "learner_lower": lower}
             log |= {"learner_gain": obtained, "deployed_gain": deployed}
@@ -761,7 +765,7 @@ class Evaluator(nn.Module):
         self.kind = "probe" if healthy and draw < args.probe_share else "control" if control else otherwise
         self.kind = "control" if self.alone == 0 else self.kind
         log |= {"margin": min(self.margins[self.active], self.scale), "hold": learner.anchor, "proving": self.proving}
-        log |= {"stable": self.stable, "replaced": self.replaced, "resets": self.resets}
+        log |= {"stable": self.stable, "trusted": self.trusted, "replaced": self.replaced, "resets": self.resets}
         return log | {"probe_steps": self.probe_steps}
 
     def end_episode(self, learner: Explorer, episode_return: float) -> None:

@@ -154,6 +154,18 @@ def test_after_selections_that_lost_the_retained_policy_acts_alone_until_they_ar
     assert evaluator.margins == [0.0, 0.0]  # five windows of four later
 
 
+def test_what_is_deployed_selects_only_where_selections_are_known_to_gain():
+    _, learner, evaluator, _ = make(bound_errors=1e9)
+    learner.actor.net[-1].bias.data += 1.0
+    obs, known = np.ones(OBS, np.float32), [row(**CONTROL)] * 4 + [row(gain=1.0)] * 4
+    actions, gains = evaluator.propose(learner, obs)
+    for selected, trusted in (([], False), ([1.0, -1.0] * 2, False), ([1.0, 0.9] * 2, True)):
+        judged(evaluator, learner, known + [row(gain=gain, probe=False) for gain in selected])
+        evaluator.margins = [min(gains[:2]) - 1] * 2  # in training the learner would be selected
+        assert evaluator.turn(gains) == 1 and evaluator.trusted == trusted
+        assert (evaluator.act(learner, obs) == actions[int(trusted)]).all()
+
+
 def test_the_learner_is_let_go_while_stable_and_gaining_and_held_otherwise():
     _, learner, evaluator, _ = make(td_limit=0.1, drift_limit=0.1, calibration_limit=1.0, hold=0.4)
     controls = [row(**CONTROL)] * 4
@@ -379,7 +391,7 @@ def test_a_reset_waits_until_nothing_deployed_depends_on_the_learner():
     good = [row(**CONTROL)] * 4 + [row(gain=1.0)] * 4
     judged(evaluator, learner, good, step=9)
     assert evaluator.resets == 0 and evaluator.stable
-    judged(evaluator, learner, [*good, row(gain=0.5, probe=False)], step=10)
+    judged(evaluator, learner, good + [row(gain=0.5, probe=False)] * 4, step=10)
     assert evaluator.resets == 0  # due, but what is deployed gains by the learner
     judged(evaluator, learner, good[:4] + [row(error=9 * evaluator.scale)] * 4, step=15)
     assert (evaluator.resets, evaluator.last_reset) == (1, 15)  # relapsed: the retained policy acts

@@ -21,7 +21,8 @@ results: README.md. Our choices:
      two fits, with and without IQL's V, the one that leaves the guide's own episodes less variance.
 [D5] Bounds: one-sided t interval of the difference of two means, the larger of own and pooled variance on both. Their
      confidence is that of one look, and there is one after every episode.
-[D6] `level` is confirmed and deployed; training episodes act at `trial`, one step above or the same. A trial is
+[D6] `level` is confirmed and deployed, but for as long as the mean of all results or of the last four is below the
+     guide less the tolerance, the guide is. Training episodes act at `trial`, one step above or the same. A trial is
      confirmed, after three episodes at least, when its lower bound is above the reference less the tolerance; the
      reference is the best lower bound so far up to that level, or the guide. The next step is then twice as large. It
      is refuted when its upper bound is below the guide less the tolerance: the next one is smaller, and waits longer
@@ -571,7 +572,8 @@ class Gate:
         self.args, self.task = args, task
         self.tolerance = 100 * args.tolerance * task.return_range / (task.ref_max - task.ref_min)
         self.warm = False  # the guide has acted enough for updates and decisions
-        self.level, self.trial = 0.0, 0.0  # what is deployed, what acts in the next training episode [D6]
+        self.level, self.trial = 0.0, 0.0  # what is confirmed, what acts in the next training episode [D6]
+        self.losing = False  # the explorer, in its latest results
         self.notch, self.wait, self.patience = 0.2, 0, 1  # next step up; episodes until it; wait after a refutation
         self.length, self.guide = 0.0, []  # median length and the [values, gains] of the guide's latest episodes
         self.results = []  # [values, gains, switch step] of the latest episodes at `trial`
@@ -583,6 +585,10 @@ class Gate:
 
     def load_state_dict(self, state: dict) -> None:
         vars(self).update(state)
+
+    @property
+    def deployed(self) -> float:
+        return 0.0 if self.losing and self.args.gate == "confidence" else self.level
 
     def switch_step(self, level: float) -> int:
         return int((1 - level) * self.length + 1e-6) if self.args.switch == "horizon" else 0
@@ -596,7 +602,7 @@ class Gate:
 
     def act(self, guide: nn.Module, explorer: nn.Module, obs: np.ndarray, t: int) -> np.ndarray:
         """The deployed policy."""
-        return (explorer if self.explores(t, self.level) else guide).act(obs)
+        return (explorer if self.explores(t, self.deployed) else guide).act(obs)
 
     def margin(self) -> float:
         """Loss that refutes: half the tolerance where the explorer is deployed already [D7]."""
@@ -649,7 +655,7 @@ class Gate:
             estimate, lower, upper = bounds(sample, guide, confidence)
             recent, _, latest_upper = bounds(sample[-4:], guide, confidence)
             estimate, upper = recent if latest_upper < -self.margin() else estimate, min(upper, latest_upper)
-            estimates = estimate, lower, upper
+            estimates, self.losing = (estimate, lower, upper), bool(min(estimate, recent) < -self.tolerance)
             base = self.task.score(0.0) + np.mean([sum(gains) for _, gains in self.guide])
             named = {"estimate": estimate, "lower": lower, "upper": upper, "reference": reference}
             log |= {name: base + value for name, value in named.items()}
@@ -662,7 +668,7 @@ class Gate:
         if better and self.args.promote and self.args.gate == "confidence":
             self.candidate, self.results = True, []
             self.level, self.trial, self.notch, self.wait = 0.0, 0.0, 1.0, 0
-        log |= {"level": self.level, "decision": decision, "promoted": promoted}
+        log |= {"level": self.level, "deployed": self.deployed, "decision": decision, "promoted": promoted}
         return {f"gate/{name}": value for name, value in log.items()}
 
     def judge(self) -> int:
@@ -971,10 +977,10 @@ def train(args: Args) -> dict:
         progress["online_step"] = step
         if step % args.eval_every == 0 or step == args.online_steps:
             result = evaluate(deployed, eval_env, task, args)
-            alone = result if gate.level == 1 else evaluate(explorer.act, eval_env, task, args)
+            alone = result if gate.deployed == 1 else evaluate(explorer.act, eval_env, task, args)
             result |= {"learner_score": alone["normalized_score"]}
             run.log("online", step, result | {"charts/SPS": (step + 1 - first) / (time.time() - began)}, losses)
-            bar.set_postfix(score=f"{result['normalized_score']:.1f}", level=gate.level)
+            bar.set_postfix(score=f"{result['normalized_score']:.1f}", level=gate.deployed)
         if over:
             states, gains, explored = zip(*trail, strict=True)
             values = guide.value(torch.from_numpy(np.stack(states)).to(device)).squeeze(-1).tolist()

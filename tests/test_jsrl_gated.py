@@ -138,6 +138,25 @@ def play_one(gate: jsrl.Gate, dead: bool) -> float:
     return level
 
 
+def test_the_guide_is_deployed_for_as_long_as_the_explorer_loses():
+    gate = opened()
+    assert gate.deployed == 1
+    play(gate, [60, 20])  # amid ten of 60, but the mean of the last four is 50
+    assert gate.deployed == gate.level == 1
+    play(gate, [42])
+    assert gate.level == 1 and gate.deployed == 0  # it is 45.5, and its bounds are wide
+    play(gate, [58, 60])
+    assert gate.deployed == 0
+    play(gate, [60])
+    assert gate.deployed == 1
+    gate = make_gate()
+    play(gate, [50] * 6 + [30, 30])  # two levels open, the third trial is as bad as can be
+    assert gate.level == 0.6 and gate.deployed == 0
+    gate = make_gate(gate="open")
+    play(gate, [10] * 3)
+    assert gate.deployed == 1
+
+
 def test_the_reference_is_the_best_bound_up_to_the_trials_level():
     gate = make_gate()
     play(gate, [60])

@@ -35,8 +35,8 @@ preset() {
       TASKS=$(echo {hopper,walker2d,halfcheetah}-medium{,-replay,-expert} antmaze-umaze{,-diverse} \
         antmaze-{medium,large}-{play,diverse} {pen,door,hammer,relocate}-{human,cloned} kitchen-{complete,partial,mixed})
       SCRIPTS="cal_ql cal_ql:no_calibrate jsrl_gated jsrl_gated:open jsrl_gated:no_gate jsrl_gated:curriculum"
-      SCRIPTS+=" jsrl_gated:random jsrl_gated:no_promote sft_reset sft_reset:online sft_reset:offline sft_reset:noreset iql_finetune"
-      SCRIPTS+=" iql_finetune:mixed"
+      SCRIPTS+=" jsrl_gated:random jsrl_gated:no_promote sft_reset sft_reset:online sft_reset:offline"
+      SCRIPTS+=" sft_reset:noreset iql_finetune iql_finetune:mixed"
       SEEDS="1 2 3 4 5" OFFLINE_STEPS=1000000 ONLINE_STEPS=1000000 ;;
     *) fail "unknown preset $1; there are quick and full" ;;
   esac

@@ -638,13 +638,15 @@ class Gate:
             gains = np.diff(np.maximum.accumulate(gains), prepend=0)  # the first success counts, once
         gains = [float(gain) * 100 / (self.task.ref_max - self.task.ref_min) for gain in gains]
         switch = self.switch_step(level)
+        promoted = 0
         if self.candidate:
             self.tested = [*self.tested, [values, gains]]
+            promoted = self.judge()
         elif level == 0:
             self.guide = [*self.guide, [values, gains]][-30:]
-            self.length = float(np.median([len(values) for values, _ in self.guide]))
         elif len(gains) > switch:  # an episode that ended before says nothing about the explorer
             self.results = [*self.results, [values, gains, switch]][-10:]
+        self.length = float(np.median([len(values) for values, _ in self.guide]))
         self.warm = self.warm or (step >= self.args.warmup_steps and len(self.guide) >= 3)
         log, estimates, decision = {"trial": level, "switch_step": switch}, (0.0, -math.inf, math.inf), 0
         reference, confidence = max(b for opened, b in self.confirmed if opened <= self.trial), self.args.confidence
@@ -660,7 +662,6 @@ class Gate:
             named = {"estimate": estimate, "lower": lower, "upper": upper, "reference": reference}
             log |= {name: base + value for name, value in named.items()}
             log["calibration"] = np.mean(pairs["advantage"][1])
-        promoted = self.judge() if self.candidate else 0
         if self.warm and not self.candidate:
             decision = self.decide(*estimates, reference)
         better = self.level == 1 and len(self.results) >= 5 and estimates[1] > self.tolerance
@@ -675,13 +676,12 @@ class Gate:
         """1: the candidate becomes the guide, -1: it is dropped, 0: undecided [D9]."""
         tested, guide = ([sum(gains) for _, gains in episodes] for episodes in (self.tested, self.guide))
         lower, upper = bounds(tested, guide, self.args.confidence)[1:] if len(tested) >= 3 else (-math.inf, math.inf)
-        better, worse = lower > 0, upper < self.tolerance or len(tested) == 10
-        if better:
+        if lower > 0:
             self.guide, self.confirmed = self.tested, [[0.0, 0.0]]
-            self.length = float(np.median([len(values) for values, _ in self.guide]))
-        if better or worse:
-            self.candidate, self.tested = False, []
-        return better - (worse and not better)
+        elif upper >= self.tolerance and len(tested) < 10:
+            return 0
+        self.candidate, self.tested = False, []
+        return 1 if lower > 0 else -1
 
     def decide(self, estimate: float, lower: float, upper: float, reference: float) -> int:
         """Set `level` and the next `trial`; 1: opened, -1: refuted or closed, 0: neither."""

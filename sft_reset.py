@@ -602,7 +602,8 @@ class Evaluator(nn.Module):
         self.most_hold = 0.0 if args.evaluator == "online" else args.hold
         self.kind, self.stable, self.recovering, self.trusted = "select", False, False, False
         self.replaced = self.resets = self.last_reset = self.segments = self.stable_segments = self.probe_steps = 0
-        self.proving, self.refused, self.next_proposal, self.alone = False, 0, args.window, -1
+        self.proving, self.refused, self.next_proposal = False, 0, args.window
+        self.alone = -1  # whose the whole episode is, an index of `returns`; -1: of no one
         self.returns = [[], []]  # of whole episodes of the retained policy alone, and of the proposed one
         self.records, self.segment, self.values, self.history = [], [], [], []
         self.margins, self.estimates = [math.inf, math.inf], [[0.0, 0.0], [0.0, 0.0]]  # value and its standard error
@@ -615,8 +616,7 @@ class Evaluator(nn.Module):
         self.starts.copy_(torch.from_numpy(np.stack(starts)))
         self.horizon, self.score = 1 / (1 - self.args.gamma), float(score)  # effective; of the retained policy
         self.per_return = 100 / (task.ref_max - task.ref_min)
-        self.alone = 0 if self.args.evaluator == "frozen-until-stable" else -1  # whose the whole episode is
-        self.kind = "control" if self.alone == 0 else self.kind
+        self.next_episode()
         self.scale = float(np.abs(task.data["reward"]).mean()) * self.horizon + 1e-6  # the unit of the limits
         steps = len(task.data["reward"]) / max(task.data["terminated"].sum() + task.data["truncated"].sum(), 1)
         self.per_value = float(steps / self.horizon / task.reward_scale * self.per_return)
@@ -769,28 +769,29 @@ class Evaluator(nn.Module):
         return log | {"probe_steps": self.probe_steps}
 
     def end_episode(self, learner: Explorer, episode_return: float) -> None:
-        """Whether the proposed learner is retained, and whether the next episode is wholly one policy's [D7]."""
+        """Whether the proposed learner is retained [D7]."""
         if self.alone >= 0:
             self.returns[self.alone].append(float(episode_return))
         if len(self.returns[1]) >= 3:
             (old, doubt), (new, error) = (ratio(np.array(sample), np.ones(len(sample))) for sample in self.returns)
-            bound = self.args.bound_errors * math.hypot(doubt, error)
-            if new - old > bound:
-                self.score, self.refused = float(self.score + self.per_return * (new - old)), 0
+            gain, bound = new - old, self.args.bound_errors * math.hypot(doubt, error)
+            if gain > bound:
+                self.score = float(self.score + self.per_return * gain)
                 self.replace(learner)
-            elif new - old < -bound or len(self.returns[1]) == 10:
-                self.refused += 1
-                self.forget_proposal()
+            if abs(gain) > bound or len(self.returns[1]) == 10:
+                self.proving, self.returns[1] = False, []
+                self.refused = 0 if gain > bound else self.refused + 1
+                self.next_proposal = self.segments + self.args.window * 2**self.refused
+        self.next_episode()
+
+    def next_episode(self) -> None:
+        """Whether it is wholly one policy's: the retained one's at first, both in turn while a learner is proving."""
         self.alone = -1
         if self.args.evaluator == "frozen-until-stable" and (self.proving or len(self.returns[0]) < 3):
             self.alone = int(3 <= len(self.returns[0]) >= len(self.returns[1]))
             self.kind = ("control", "trial")[self.alone]
         elif self.kind == "trial":
             self.kind = "select"
-
-    def forget_proposal(self) -> None:
-        self.proving, self.returns[1] = False, []
-        self.next_proposal = self.segments + self.args.window * 2**self.refused
 
     def replace(self, learner: Explorer) -> None:
         """The proposed learner becomes the retained pair; what was measured against the old one is forgotten."""
@@ -800,7 +801,6 @@ class Evaluator(nn.Module):
         for critics in (self.fitted, self.fitted_targets):
             critics[0].load_state_dict(critics[1].state_dict())
         self.records, self.margins, self.estimates[0] = [], [math.inf, math.inf], self.estimates[1]
-        self.forget_proposal()
 
     def predicted_score(self) -> float:
         """The learner's score as policy evaluation sees it: that of the offline policy, and all gains since."""
@@ -1080,7 +1080,7 @@ def train(args: Args) -> dict:
         obs, over, episode_return = next_obs, terminated or truncated, episode_return + reward
         run.check("online", step, losses)
         progress["online_step"] = step
-        if evaluator.kind != "trial" and (over or len(evaluator.segment) == args.segment_steps):
+        if evaluator.segment and (over or len(evaluator.segment) == args.segment_steps):
             evaluator.end_segment(learner)
             evaluator.fit(learner, buffer, args.segment_steps // 5)
             log = evaluator.judge(learner, step)

@@ -423,7 +423,7 @@ def held(rows: list[dict], pattern: str, grid: np.ndarray) -> np.ndarray:
 
 
 def draw_task(top, bottom, rows: list[dict], color: dict[str, str]) -> None:
-    """One task: scores above, below the share of an episode that the gate gives the explorer and the resets."""
+    """One task: scores above, below the share of an episode that the explorer gets where deployed, and the resets."""
     length = max(row["scores"][-1, 0] for row in rows)
     grid = np.linspace(0, length, 200)
     for script in color:
@@ -441,7 +441,7 @@ def draw_task(top, bottom, rows: list[dict], color: dict[str, str]) -> None:
         learner_steps, learner = on_grid(mine, "online/learner_score")
         if len(learner) and not (learner.shape == scores.shape and np.allclose(learner, scores)):
             top.plot(learner_steps, learner.mean(0), color=color[script], lw=0.7, alpha=0.9)
-        bottom.plot(grid, held(mine, r"gate/level$", grid), color=color[script], lw=1.5)
+        bottom.plot(grid, held(mine, r"gate/deployed$", grid), color=color[script], lw=1.5)
         resets = [p for row in mine for tag, p in row["scalars"].items() if re.search(r"/resets$", tag)]
         at = [step for curve in resets for step in curve[np.diff(curve[:, 1], prepend=0) > 0, 0]]
         bottom.plot(at, np.full(len(at), -0.22), "|", color=color[script], ms=7, mew=1.2, clip_on=False)

@@ -262,7 +262,8 @@ def find_dataset(args: Args) -> tuple[str, Path, str]:
     dataset_id = TASKS.get(name, args.env_id)
     env, kind = dataset_id.split("/")[-2:] if "/" in args.env_id else name.split("-", 1)
     folder = Path(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")).expanduser()
-    path = minari.storage.get_dataset_path(dataset_id) if "/" in dataset_id else folder / f"{dataset_id}.hdf5"
+    path = folder / f"{env}_{kind.replace('-', '_')}-v2.hdf5"  # D4RL's own name: hopper_medium_replay-v2.hdf5
+    path = minari.storage.get_dataset_path(dataset_id) if "/" in dataset_id else path
     try:
         if args.dataset != "stand-in":
             if not path.exists():

@@ -121,7 +121,7 @@ def damage(path: Path, how: str) -> Path:
 @pytest.mark.parametrize("official", [False, True])
 def test_damaged_hdf5(refuse, tmp_path, how, official):
     if official:
-        path = damage(hdf5(Path(os.environ["D4RL_DATASET_DIR"], "hopper-medium-v2.hdf5"), 4000), how)
+        path = damage(hdf5(Path(os.environ["D4RL_DATASET_DIR"], "hopper_medium-v2.hdf5"), 4000), how)
         line = refuse(env_id="hopper-medium")
         assert "delete" in line
     else:

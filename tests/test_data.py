@@ -61,7 +61,7 @@ def write_hdf5(path: Path, episodes: list[dict[str, np.ndarray]], without=()) ->
 def local_hopper(*ends: str, without=(), **kwargs):
     """The task made of a file where D4RL's hopper-medium is looked for; and the file's content."""
     episodes = hopper_episodes(*ends, **kwargs)
-    path = write_hdf5(Path(os.environ["D4RL_DATASET_DIR"], "hopper-medium-v2.hdf5"), episodes, without)
+    path = write_hdf5(Path(os.environ["D4RL_DATASET_DIR"], "hopper_medium-v2.hdf5"), episodes, without)
     task = iql.load_task(make_args(env_id="hopper-medium", reward_scale=1.0))
     path.unlink()
     return task.data, {key: np.concatenate([episode[key] for episode in episodes]) for key in episodes[0]}
@@ -136,7 +136,7 @@ def test_a_flag_on_both_counts_as_terminated(tmp_path):
 def test_actions_are_clipped_away_from_the_bounds():
     episodes = hopper_episodes("terminal")
     episodes[0]["actions"][:3] = [[1.0], [-1.0], [1.7]]
-    write_hdf5(Path(os.environ["D4RL_DATASET_DIR"], "hopper-medium-v2.hdf5"), episodes)
+    write_hdf5(Path(os.environ["D4RL_DATASET_DIR"], "hopper_medium-v2.hdf5"), episodes)
     action = iql.load_task(make_args(env_id="hopper-medium")).data["action"]
     bound = np.float32(1 - 1e-5)
     assert action[:3].tolist() == [[bound] * 3, [-bound] * 3, [bound] * 3]
@@ -163,11 +163,11 @@ def test_own_hdf5_file(tmp_path):
 
 
 def test_hdf5_folder_is_home_unless_said_otherwise(tmp_path, monkeypatch):
-    path = write_hdf5(Path(os.environ["D4RL_DATASET_DIR"], "hopper-medium-v2.hdf5"), hopper_episodes("terminal"))
+    path = write_hdf5(Path(os.environ["D4RL_DATASET_DIR"], "hopper_medium-v2.hdf5"), hopper_episodes("terminal"))
     assert iql.find_dataset(make_args(env_id="hopper-medium")) == ("hopper-medium-v2", path, "hopper")
     monkeypatch.delenv("D4RL_DATASET_DIR")
     monkeypatch.setenv("HOME", str(tmp_path))
-    home = tmp_path / ".d4rl/datasets/hopper-medium-v2.hdf5"
+    home = tmp_path / ".d4rl/datasets/hopper_medium-v2.hdf5"
     home.parent.mkdir(parents=True)
     path.rename(home)
     assert iql.find_dataset(make_args(env_id="hopper-medium"))[1] == home
@@ -184,8 +184,9 @@ MEANS = {
 
 @pytest.mark.parametrize("name", MEANS)
 def test_mean_return_of_the_official_file(name, monkeypatch):
-    if not (OFFICIAL_HDF5 / f"{name}-v2.hdf5").exists():
-        pytest.skip(f"no {name}-v2.hdf5 in {OFFICIAL_HDF5}")
+    file = OFFICIAL_HDF5 / f"{name.replace('-', '_')}-v2.hdf5"
+    if not file.exists():
+        pytest.skip(f"no {file}")
     monkeypatch.setenv("D4RL_DATASET_DIR", str(OFFICIAL_HDF5))
     data = iql.load_task(make_args(env_id=name, reward_scale=1.0)).data
     episodes = data["terminated"].sum() + data["truncated"].sum()
@@ -365,7 +366,8 @@ def test_every_name_resolves_to_the_documented_dataset(monkeypatch):
         found, path, env = iql.find_dataset(make_args(env_id=name))
         folder = os.environ["MINARI_DATASETS_PATH" if "/" in dataset_id else "D4RL_DATASET_DIR"]
         assert found == dataset_id and env == name.split("-")[0]
-        assert path == Path(folder, dataset_id if "/" in dataset_id else f"{dataset_id}.hdf5")
+        file = name.replace("-", "_") + "-v2.hdf5"  # on the server and in d4rl's own folder
+        assert path == Path(folder, dataset_id if "/" in dataset_id else file)
         assert fetched.pop() == (dataset_id, path)
     assert iql.find_dataset(make_args(env_id="hopper-medium-v2"))[0] == "hopper-medium-v2"
     assert iql.find_dataset(make_args(env_id="mujoco/hopper/medium-v0"))[::2] == ("mujoco/hopper/medium-v0", "hopper")
@@ -420,7 +422,7 @@ def test_locomotion_family(toy_args, env, obs_dim, action_dim):
             "observations": e.observations[:-1], "next_observations": e.observations[1:], "actions": e.actions,
             "rewards": np.array(e.rewards), "terminals": np.array(e.terminations), "timeouts": np.array(e.truncations),
         })  # fmt: skip
-    write_hdf5(Path(os.environ["D4RL_DATASET_DIR"], f"{env}-medium-v2.hdf5"), parts)
+    write_hdf5(Path(os.environ["D4RL_DATASET_DIR"], f"{env}_medium-v2.hdf5"), parts)
     survives(toy_args, f"{env}-medium", obs_dim, action_dim, "locomotion")
 
 
@@ -463,7 +465,7 @@ class Server(http.server.BaseHTTPRequestHandler):
     content, limit = b"", None
 
     def do_GET(self):
-        self.send_response(200 if self.path.endswith("hopper-medium-v2.hdf5") else 404)
+        self.send_response(200 if self.path.endswith("hopper_medium-v2.hdf5") else 404)
         self.send_header("Content-Length", str(len(self.content)))
         self.end_headers()
         self.wfile.write(self.content[: self.limit])
@@ -490,8 +492,8 @@ def test_download_arrives_whole_and_is_kept(server, capfd):
     folder = Path(os.environ["D4RL_DATASET_DIR"])
     task = iql.load_task(make_args(env_id="hopper-medium"))
     assert len(task.data["obs"]) == 800
-    assert [path.name for path in folder.iterdir()] == ["hopper-medium-v2.hdf5"]
-    assert (folder / "hopper-medium-v2.hdf5").read_bytes() == server.content
+    assert [path.name for path in folder.iterdir()] == ["hopper_medium-v2.hdf5"]
+    assert (folder / "hopper_medium-v2.hdf5").read_bytes() == server.content
     assert "100%" in capfd.readouterr().err, "no progress bar"
     server.content = b"no second download"
     assert len(iql.load_task(make_args(env_id="hopper-medium")).data["obs"]) == 800

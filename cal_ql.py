@@ -110,7 +110,6 @@ class Args:
 
 LOCOMOTION = "random medium expert medium-replay medium-expert full-replay"
 ANTMAZE = "umaze umaze-diverse medium-play medium-diverse large-play large-diverse"
-POINTMAZE = "umaze medium large open umaze-dense medium-dense large-dense open-dense"
 ENVS = {  # D4RL's environments: domain, return of a random and of an expert policy (scores 0 and 100), datasets
     "halfcheetah": ("locomotion", -280.178953, 12135.0, "halfcheetah-{}-v2", LOCOMOTION),
     "hopper": ("locomotion", -20.272305, 3234.3, "hopper-{}-v2", LOCOMOTION),
@@ -210,6 +209,29 @@ def read_minari(dataset: minari.MinariDataset) -> dict[str, np.ndarray]:
     return dict(zip(keys, map(np.concatenate, zip(*rows, strict=True)), strict=True))
 
 
+def end_at_goal(data: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Episodes up to their first reward, as `EndAtGoal` does online: Minari's antmaze data stay at the goal for half of
+    their steps and are paid for each."""
+    last, reached = data["terminated"] | data["truncated"], data["reward"] > 0
+    first = np.append(True, last[:-1])
+    earlier = np.cumsum(reached) - reached  # in the whole file
+    keep = earlier == earlier[first][np.cumsum(first) - 1]
+    data = data | {"terminated": data["terminated"] | reached, "truncated": data["truncated"] & ~reached}
+    return {key: column[keep] for key, column in data.items()}
+
+
+def recover_env(dataset: minari.MinariDataset) -> gym.Env:
+    """The environment that it names for evaluation. But AntMaze's U is the mirror image there (Minari's issue 304), in
+    which nothing learned from the data holds: then the maze of the data, or its start and goal mirrored into that."""
+    env = dataset.recover_environment(eval_env=True)
+    mazes = [spec.kwargs.get("maze_map", []) for spec in (dataset.env_spec, env.spec)]
+    mirrored = [row[::-1] for row in mazes[1]]
+    of_data, of_env, of_mirrored = ([[cell == 1 for cell in row] for row in maze] for maze in (*mazes, mirrored))
+    if of_env == of_data or of_mirrored != of_data:
+        return env
+    return gym.make(env.spec, maze_map=mazes[0] if any("g" in row for row in mazes[0]) else mirrored)
+
+
 def download(dataset_id: str, path: Path) -> None:
     """Fetch an official dataset, with a progress bar, under a temporary name that becomes `path` when it is whole."""
     if path.suffix == ".hdf5":
@@ -276,7 +298,7 @@ def load_task(args: Args) -> Task:
             data = read_hdf5(path, world.spec.max_episode_steps)
         else:
             dataset = minari.MinariDataset(path / "data")
-            world, meta = dataset.recover_environment(eval_env=True), dataset.storage.metadata
+            world, meta = recover_env(dataset), dataset.storage.metadata
             data = read_minari(dataset)
     except Exception as error:  # whatever h5py, minari and the environment raise
         fail(f"cannot read {path} or make its environment ({error!r:.300}); {cure}")
@@ -290,9 +312,10 @@ def load_task(args: Args) -> Task:
             fail(f"{dataset_id}: {key} has shape {data[key].shape}, {world.spec.id} needs {needed}; {cure}")
 
     domain, ref_min, ref_max, *_ = ENVS.get(env, ("locomotion", meta.get("ref_min_score"), meta.get("ref_max_score")))
-    last = data["terminated"] | data["truncated"]
+    data = end_at_goal(data) if domain in GOAL_DOMAINS else data
+    last, n = data["terminated"] | data["truncated"], len(data["obs"])
     first = np.append(0, np.flatnonzero(last)[:-1] + 1)
-    returns = np.add.reduceat(data["reward"], first, dtype=np.float64).clip(max=1 if domain in GOAL_DOMAINS else np.inf)
+    returns = np.add.reduceat(data["reward"], first, dtype=np.float64)
     worst, best = float(returns.min()), float(returns.max())
     ref_min, ref_max = (worst, best) if ref_max is None else (ref_min, ref_max)
     if path.suffix != ".hdf5" and meta.get("ref_max_score") is None:
@@ -310,7 +333,6 @@ def load_task(args: Args) -> Task:
     data["reward"] = task.transform_reward(data["reward"])
     episodes = zip(np.split(data["reward"], first[1:]), (returns <= 0) & (domain in GOAL_DOMAINS), strict=True)
     data["return_to_go"] = np.hstack([returns_to_go(r.tolist(), failed, task, args.gamma) for r, failed in episodes])
-    data["terminated"] |= (data["reward"] > task.transform_reward(0.0)) & (domain in GOAL_DOMAINS)  # see EndAtGoal
     data["action"] = np.clip(2 * (data["action"] - box.low) / (box.high - box.low) - 1, -1 + 1e-5, 1 - 1e-5)  # [D4]
     data["obs"], data["next_obs"] = task.transform_obs(data["obs"]), task.transform_obs(data["next_obs"])
     known = data.pop("known", slice(None))

@@ -259,19 +259,51 @@ def test_goal_observations_are_concatenated():
     goal_dataset()
     task = iql.load_task(make_args(env_id="toy/pointmaze/mini-v0"))
     assert np.allclose(task.data["obs"][:2], [[0.0, 7, 1], [0.4, 7, 1]])
-    assert np.allclose(task.data["next_obs"][3], [1.0, 7, 1])
+    assert np.allclose(task.data["next_obs"][2], [1.0, 7, 1])
     assert task.make_env().reset(seed=0)[0].tolist() == [0.0, 0.0, 1.0]
 
 
-def test_return_to_go_of_goal_tasks(capsys):
+def test_goal_tasks_end_at_the_goal(capsys):
     goal_dataset()
     args = make_args(env_id="toy/pointmaze/mini-v0")
     data = iql.load_task(args).data
     assert (args.reward_scale, args.reward_bias) == (1.0, -1.0)
-    assert data["reward"].tolist() == [-1, -1, 0, 0, -1, -1, -1, 0, -1]
-    expected = [-1 - GAMMA, -1, 0, 0, *[-1 / (1 - GAMMA)] * 3, -GAMMA, -1]
+    assert data["reward"].tolist() == [-1, -1, 0, -1, -1, -1, 0], "what comes after the goal is left out"
+    assert np.flatnonzero(data["terminated"]).tolist() == [2, 6] and np.flatnonzero(data["truncated"]).tolist() == [5]
+    expected = [-1 - GAMMA, -1, 0, *[-1 / (1 - GAMMA)] * 3, 0]
     np.testing.assert_allclose(data["return_to_go"], expected, rtol=1e-5)
-    assert re.search(r"max 1\.0.*normalised\D*66\.7", capsys.readouterr().out), "success counts once"
+    line = r"7 transitions, 3 episodes \(2 terminated, 1 truncated\).*max 1\.0.*normalised\D*66\.7"
+    assert re.search(line, capsys.readouterr().out)
+
+
+U = [[1, 1, 1, 1, 1], [1, 0, 0, 0, 1], [1, 1, 1, 0, 1], [1, 0, 0, 0, 1], [1, 1, 1, 1, 1]]
+NAMED = [[1, 1, 1, 1, 1], [1, 0, 0, "r", 1], [1, 0, 1, 1, 1], [1, 0, 0, "g", 1], [1, 1, 1, 1, 1]]
+
+
+def with_goals(maze: list, start: tuple, goal: tuple) -> list:
+    maze = [list(row) for row in maze]
+    maze[start[0]][start[1]], maze[goal[0]][goal[1]] = "r", "g"
+    return maze
+
+
+@pytest.mark.parametrize("of_data, named, found", [
+    (U, NAMED, with_goals(U, (1, 1), (3, 1))),  # Minari's umaze-diverse: mirrored, start and goal with the maze
+    (with_goals(U, (3, 1), (1, 1)), NAMED, with_goals(U, (3, 1), (1, 1))),  # its umaze: the goal of the data
+    (U, with_goals(U, (1, 1), (3, 3)), with_goals(U, (1, 1), (3, 3))),  # the same walls: as named
+])  # fmt: skip
+def test_a_mirrored_maze_is_turned_to_that_of_the_data(of_data, named, found):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        env, other = (gym.make("PointMaze_UMaze-v3", max_episode_steps=5, maze_map=maze) for maze in (of_data, named))
+        env.action_space.seed(0)
+        episodes = rollout(env, lambda obs: env.action_space.sample(), 2)
+        record("D4RL/pointmaze/umaze-v2", env.spec, episodes, eval_env=other.spec)
+    task = iql.load_task(make_args(env_id="pointmaze-umaze"))
+    world = task.make_env()
+    assert world.spec.kwargs["maze_map"] == found
+    obs, _ = world.reset(seed=0)
+    maze, (row, column) = world.unwrapped.maze, np.argwhere(np.array(found) == "g")[0]
+    assert tuple(maze.cell_xy_to_rowcol(obs[6:])) == (row, column), "its goal is where its map has it"
 
 
 def test_environment_without_render_mode():

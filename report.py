@@ -36,7 +36,6 @@ COLORS = dict(zip(ORDER, ("#0072B2", "#D55E00", "#009E73", "#333333", "#56B4E9")
 MORE_COLORS = ("#CC79A7", "#E69F00", "#8B5A2B", "#7F3FBF", "#B0A000", "#888888")
 REPORTED_AS = {"iql_finetune": "IQL", "cal_ql": "Cal-QL", "jsrl_gated_curriculum": "JSRL curriculum"}
 REPORTED_AS |= {"jsrl_gated_random": "JSRL random"}
-MARKERS = ("<!-- results -->", "<!-- /results -->")
 
 
 @dataclass
@@ -332,7 +331,7 @@ def headline_table(rows: list[dict]) -> str:
         body.append([*cells, faster, show(interval(improvement, higher[0] + higher[1]), 2),
                      show(interval(improvement, drops[1] + drops[0]), 2)])  # fmt: skip
     head = ["script", "against", "tasks", "mean drop", "drop reduced by", "steps to gain, times fewer"]
-    return table([*head, "P(higher final)", "P(smaller drop)"], body) if body else "Not measured yet.\n"
+    return table([*head, "P(higher final)", "P(smaller drop)"], body) if body else ""
 
 
 def offline_table(rows: list[dict], reported: list[dict]) -> str:
@@ -366,6 +365,7 @@ def apart_list(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n" if lines else "None.\n"
 
 
+NEVER = "\nA run that never gains counts with its whole online phase."
 NOTES = """
 Score: 0 is a random policy, 100 an expert. Values are means over seeds with 95 % stratified-bootstrap intervals.
 STAND-IN: trained on our own stand-in for the official dataset, not comparable with a reported number. Reported: after
@@ -374,7 +374,7 @@ STAND-IN: trained on our own stand-in for the official dataset, not comparable w
 
 
 def readme_block(rows: list[dict], reported: list[dict], out: str = "results") -> str:
-    """What stands between the README's markers."""
+    """What stands between the README's markers for the folder `out`."""
     n = sum(bool(row["apart"]) for row in rows)
     parts = [protocol(rows), headline_table(rows), main_table(rows, reported), NOTES.strip(), aggregate_table(rows)]
     parts += [f"{n} runs are listed apart, with the reason, in [{out}/table.md]({out}/table.md)." if n else ""]
@@ -383,7 +383,7 @@ def readme_block(rows: list[dict], reported: list[dict], out: str = "results") -
 
 def all_tables(rows: list[dict], reported: list[dict]) -> str:
     sections = {
-        "Headline": headline_table(rows) + "\nA run that never gains counts with its whole online phase.",
+        "Headline": (headline_table(rows) or "No pair measured.\n") + NEVER,
         "Per task": main_table(rows, reported, every_metric=True) + NOTES,
         "Over the tasks that every script has": aggregate_table(rows),
         "Offline": offline_table(rows, reported) + "\n† from memory, not confirmed.",
@@ -393,12 +393,13 @@ def all_tables(rows: list[dict], reported: list[dict]) -> str:
     return f"# Results\n\n{protocol(rows)}\n\n" + "\n".join(f"## {k}\n\n{v.strip()}\n" for k, v in sections.items())
 
 
-def update_readme(path: Path, block: str) -> None:
-    head, found, rest = path.read_text().partition(MARKERS[0])
-    _, end, tail = rest.partition(MARKERS[1])
-    if not found or not end:
-        fail(f"{path} has no lines {MARKERS[0]} and {MARKERS[1]} to put the tables between")
-    path.write_text(f"{head}{MARKERS[0]}\n{block}{MARKERS[1]}{tail}")
+def update_readme(path: Path, block: str, out: str) -> None:
+    begin, end = f"<!-- {out} -->", f"<!-- /{out} -->"
+    head, begun, rest = path.read_text().partition(begin)
+    _, ended, tail = rest.partition(end)
+    if not begun or not ended:
+        fail(f"{path} has no lines {begin} and {end} to put the tables between")
+    path.write_text(f"{head}{begin}\n{block}{end}{tail}")
 
 
 # ---- curves ----
@@ -510,7 +511,8 @@ def main(args: Args) -> None:
         reported = list(csv.DictReader(file))
     (args.out / "table.md").write_text(all_tables(rows, reported))
     if args.readme:
-        update_readme(args.readme, readme_block(rows, reported, args.out.name))
+        out = args.out.resolve().relative_to(args.readme.resolve().parent).as_posix()
+        update_readme(args.readme, readme_block(rows, reported, out), out)
     drawn = kept(found)
     if drawn:
         draw(drawn, args.out / "curves.png")

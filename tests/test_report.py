@@ -217,6 +217,13 @@ def test_readme_is_updated_between_its_markers(tmp_path):
     block = report.readme_block(rows, reported_rows())
     assert readme.read_text() == f"before\n<!-- results -->\n{block}<!-- /results -->\nafter\n"
     assert "hopper-medium (STAND-IN)" in block and "results/curves.png" in block
+    maze = tmp_path / "results/maze"
+    with pytest.raises(SystemExit) as error:
+        run_report(tmp_path / "runs", out=maze, readme=readme)
+    assert error.value.code == 2, "another folder has markers of its own"
+    readme.write_text("<!-- results/maze -->\n<!-- /results/maze -->")
+    run_report(tmp_path / "runs", out=maze, readme=readme)
+    assert "results/maze/curves.png" in readme.read_text()
     readme.write_text("no markers")
     with pytest.raises(SystemExit) as error:
         run_report(tmp_path / "runs", out=tmp_path / "results", readme=readme)
@@ -229,14 +236,13 @@ def test_no_run_folders(tmp_path, capsys):
     assert error.value.code == 2 and "no run folders" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(not (ROOT / "results/per_seed.csv").exists(), reason="no results yet")
-def test_readme_and_tables_equal_the_results():
-    """What README.md and results/table.md show is what results/per_seed.csv gives."""
-    rows = report.read_csv(ROOT / "results/per_seed.csv")
-    reported = reported_rows()
-    assert (ROOT / "results/table.md").read_text() == report.all_tables(rows, reported)
-    readme = (ROOT / "README.md").read_text()
-    assert report.MARKERS[0] + "\n" + report.readme_block(rows, reported) + report.MARKERS[1] in readme
+@pytest.mark.parametrize("path", sorted(ROOT.glob("results/**/per_seed.csv")), ids=lambda path: path.parent.name)
+def test_readme_and_tables_equal_the_results(path):
+    """What README.md and a table.md show is what the per_seed.csv beside it gives."""
+    rows, reported, out = report.read_csv(path), reported_rows(), path.parent.relative_to(ROOT).as_posix()
+    assert (path.parent / "table.md").read_text() == report.all_tables(rows, reported)
+    block = report.readme_block(rows, reported, out)
+    assert f"<!-- {out} -->\n{block}<!-- /{out} -->" in (ROOT / "README.md").read_text()
 
 
 def test_curves(tmp_path):

@@ -10,9 +10,10 @@ evaluate policies comprehensively, reset parameters periodically. The rest is ou
 bottom. Metrics: README.md.
 
 Our choices:
-[D1] Online time is cut into short segments. In most the evaluator selects, action by action; in probes the learner acts
+[D1] Online time is cut into short segments. In some the evaluator selects, action by action; in probes the learner acts
      alone and without noise, as it would be deployed: a Q that has not seen what the learner's actions lead to
-     overrates them, and yet looks calibrated. Selected segments have the learner's noise, which is not deployed.
+     overrates them, and yet looks calibrated. A probe goes on to the end of its episode, for a fall may come hundreds
+     of steps after what led to it. Selected segments have the learner's noise, which is not deployed.
 [D2] The learner is SAC from the offline policy's mean action, at a fixed small temperature: a learned one ran away.
 [D3] Its critics start as IQL's (LayerNorm critics fitted to IQL's Q on the dataset overrated its actions at once).
      Batches are half dataset, half online. No update before a window of segments.
@@ -27,8 +28,8 @@ Our choices:
      segments of the retained policy alone and is subtracted.
 [D7] Policy evaluation takes the inverse-variance mean of the critic at start states, fitted Q evaluation there, and its
      correction by gains obtained. A learner is proposed when its lower bound is above the estimate of the pair so far
-     and, when last probed, it gained no less than what is deployed. No segment shows what leads to a fall, so a frozen
-     copy then acts alone in whole episodes, and replaces the pair when their returns are higher by more than the bound.
+     and, when last probed, it gained no less than what is deployed. Then a frozen copy of it acts alone in whole
+     episodes, and replaces the pair when their returns are higher by more than the bound.
      Each refusal doubles the time to the next proposal. The first three episodes are the retained policy's alone.
 [D8] A learner that may rarely act gets few data to correct what it overrates. So its policy loss holds it to the
      retained policy, as TD3+BC (Fujimoto, Gu 2021) does to the data: less while it is stable and its probes gain, but
@@ -108,7 +109,7 @@ class Args:
     evaluator: Literal["frozen-until-stable", "offline", "online"] = "frozen-until-stable"  # whose Q selects [D5]
     selection: Literal["greedy", "softmax"] = "greedy"  # softmax: in training, by chance where the promises are close
     segment_steps: int = 100  # at most; episodes end them too [D1]
-    probe_share: float = 0.5  # of the segments, once TD error and drift are small
+    probe_rate: float = 0.15  # chance that a segment begins a probe, once TD error and drift are small [D1]
     control_share: float = 0.1  # of the segments, of the retained policy alone, once stable
     window: int = 10  # segments, probes or controls that a judgement looks back on; half as many will do
     td_limit: float = 0.05  # mean TD error, in units of the mean absolute reward's value [D5]
@@ -714,8 +715,9 @@ class Evaluator(nn.Module):
             with torch.no_grad():
                 torch._foreach_lerp_(targets, sources, self.args.tau)
 
-    def judge(self, learner: Explorer, step: int) -> dict[str, float]:
-        """After a segment: stability, margins, estimates, replacement, reset, and what the next segment is for."""
+    def judge(self, learner: Explorer, step: int, over: bool) -> dict[str, float]:
+        """After a segment, which may end its episode: stability, margins, estimates, proposal, reset, and what the next
+        segment is for."""
         args, window, enough, due = self.args, self.args.window, self.args.window // 2, self.args.reset_every
         weight, acted, *promised, gain, critic_error, fitted_error, td_error, role = np.array(self.records).T
         controls, mixed = (np.flatnonzero(rows)[-2 * window :] for rows in (role < 0, acted > 0))
@@ -786,7 +788,8 @@ class Evaluator(nn.Module):
             self.margins[1] = 0.0  # nothing is retained
         draw, otherwise = np.random.rand(), "sample" if args.selection == "softmax" else "select"
         control = math.isfinite(self.margins[self.active]) and draw > 1 - args.control_share
-        self.kind = "probe" if healthy and draw < args.probe_share else "control" if control else otherwise
+        probe = healthy and (draw < args.probe_rate or (self.kind == "probe" and not over))
+        self.kind = "probe" if probe else "control" if control else otherwise
         self.kind = "control" if self.alone == 0 else self.kind
         log |= {"margin": min(self.margins[self.active], self.scale), "hold": learner.anchor, "proving": self.proving}
         log |= {"stable": self.stable, "trusted": self.trusted, "replaced": self.replaced, "resets": self.resets}
@@ -1107,7 +1110,7 @@ def train(args: Args) -> dict:
         if evaluator.segment and (over or len(evaluator.segment) == args.segment_steps):
             evaluator.end_segment(learner)
             evaluator.fit(learner, buffer, args.segment_steps // 5)
-            log = evaluator.judge(learner, step)
+            log = evaluator.judge(learner, step, over)
             run.log("online", step, {f"evaluator/{name}": value for name, value in log.items()})
         if step % args.eval_every == 0 or step == args.online_steps:
             result = evaluate(partial(evaluator.act, learner), eval_env, task, args)

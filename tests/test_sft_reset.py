@@ -61,10 +61,10 @@ def row(gain=0.0, promised=(0.0, 0.0), acted=True, probe=True, error=0.0, td_err
 CONTROL = {"acted": False, "probe": False}
 
 
-def judged(evaluator, learner, records, step=1, values=None):
+def judged(evaluator, learner, records, step=1, values=None, over=False):
     evaluator.records, evaluator.segments = [list(map(float, r)) for r in records], len(records)
     evaluator.values, evaluator.alone = values or [1.0] * (evaluator.args.window + 1), -1
-    return evaluator.judge(learner, step)
+    return evaluator.judge(learner, step, over)
 
 
 # ---- who acts ----
@@ -227,11 +227,19 @@ def test_one_bad_measure_is_enough_to_never_be_stable(bad):
 
 
 def test_no_probe_before_td_error_and_drift_are_small():
-    _, learner, evaluator, _ = make(probe_share=1.0, **LIMITS)
+    _, learner, evaluator, _ = make(probe_rate=1.0, **LIMITS)
     judged(evaluator, learner, [row(td_error=0.3, **CONTROL)] * 6)
     assert evaluator.kind == "select"
     judged(evaluator, learner, [row(td_error=0.01, **CONTROL)] * 6)
     assert evaluator.kind == "probe"
+
+
+def test_a_probe_goes_on_to_the_end_of_its_episode_while_all_is_well():
+    _, learner, evaluator, _ = make(probe_rate=0.0, **LIMITS)
+    for td_error, over, kind in [(0.01, False, "probe"), (0.3, False, "select"), (0.01, True, "select")]:
+        evaluator.kind = "probe"
+        judged(evaluator, learner, [row(td_error=td_error, **CONTROL)] * 6, over=over)
+        assert evaluator.kind == kind
 
 
 # ---- what a policy is worth ----
@@ -421,7 +429,7 @@ def test_state_survives_a_weights_only_file_in_the_middle_of_a_recovery():
         (obs, np.zeros(ACTION, np.float32), obs, 1.0, False, 0, evaluator.propose(learner, obs)[1])
     ] * 5
     evaluator.end_segment(learner)
-    evaluator.judge(learner, 12)
+    evaluator.judge(learner, 12, False)
     evaluator.history.append([1.0, 2.0])
     assert evaluator.recovering and evaluator.replaced == 1
     file = io.BytesIO()
@@ -454,7 +462,7 @@ def test_summary_compares_predictions_with_evaluations():
 # ---- whole runs ----
 
 FAST = {"segment_steps": 5, "window": 4, "recovery_ratio": 2, "save_every": 20}
-EASY = FAST | {"td_limit": 1e9, "drift_limit": 1e9, "calibration_limit": 1e9, "probe_share": 0.5}
+EASY = FAST | {"td_limit": 1e9, "drift_limit": 1e9, "calibration_limit": 1e9, "probe_rate": 0.5}
 
 
 class Crash(Exception):
@@ -468,8 +476,8 @@ def test_resumed_in_a_recovery_and_after_replacements_it_is_the_same_run(toy_arg
     assert whole["resets"] > 1 and whole["replaced"] > 0 and 0 < whole["stable_share"] < 1 and whole["probe_steps"] > 0
     original = Evaluator.judge
 
-    def crashing(self, learner, step):
-        log = original(self, learner, step)
+    def crashing(self, learner, step, over):
+        log = original(self, learner, step, over)
         if self.recovering and self.replaced:
             raise Crash
         return log

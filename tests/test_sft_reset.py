@@ -340,7 +340,9 @@ def test_a_proposal_replaces_the_pair_only_after_whole_episodes_that_show_it(pro
     evaluator.alone, evaluator.segments = -1, 100
     assert prove(evaluator, learner, [49.0, 50.0, 51.0], []) == [0] * 3  # the retained policy first
     evaluator.frozen[2].actor.net[-1].bias.data += 1.0
-    evaluator.proving = True
+    evaluator.per_value, evaluator.estimates = 1.0, [[5, 0.1], [25, 0.1]]
+    evaluator.proving, evaluator.predicted = True, evaluator.predicted_score()
+    assert evaluator.predicted == 30.0 + 20.0
     assert prove(evaluator, learner, [49.0, 50.0, 51.0], proposed) == episodes
     assert not evaluator.proving and evaluator.replaced == replaced and evaluator.returns[1] == []
     assert evaluator.refused == 1 - replaced and evaluator.next_proposal == 100 + 4 * 2**evaluator.refused
@@ -349,7 +351,10 @@ def test_a_proposal_replaces_the_pair_only_after_whole_episodes_that_show_it(pro
         assert torch.equal(evaluator.retained.actor.net[-1].bias, proved) and evaluator.returns[0] == proposed
         assert torch.equal(learner.anchor_net[-1].bias, proved)
         assert evaluator.records == [] and evaluator.margins == [math.inf, math.inf]
-        assert evaluator.score == pytest.approx(30.0 + 11.0)
+        assert evaluator.score == pytest.approx(30.0 + 11.0) and evaluator.excess == 0.0
+    else:
+        found = 30.0 + np.mean(proposed) - np.mean(evaluator.returns[0])
+        assert evaluator.predicted_score() == pytest.approx(found), "corrected by what the trial returned"
 
 
 # ---- frozen copies, resets, resume ----

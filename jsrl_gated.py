@@ -253,12 +253,12 @@ def recover_env(dataset: minari.MinariDataset) -> gym.Env:
     """The environment that it names for evaluation. But AntMaze's U is the mirror image there (Minari's issue 304), in
     which nothing learned from the data holds: then the maze of the data, or its start and goal mirrored into that."""
     env = dataset.recover_environment(eval_env=True)
-    mazes = [spec.kwargs.get("maze_map", []) for spec in (dataset.env_spec, env.spec)]
-    mirrored = [row[::-1] for row in mazes[1]]
-    of_data, of_env, of_mirrored = ([[cell == 1 for cell in row] for row in maze] for maze in (*mazes, mirrored))
-    if of_env == of_data or of_mirrored != of_data:
+    of_data, named = (spec.kwargs.get("maze_map", []) if spec else [] for spec in (dataset.env_spec, env.spec))
+    mirrored = [row[::-1] for row in named]
+    walls, *others = ([[cell == 1 for cell in row] for row in maze] for maze in (of_data, named, mirrored))
+    if [maze == walls for maze in others] != [False, True]:
         return env
-    return gym.make(env.spec, maze_map=mazes[0] if any("g" in row for row in mazes[0]) else mirrored)
+    return gym.make(env.spec, maze_map=of_data if any("g" in row for row in of_data) else mirrored)
 
 
 def download(dataset_id: str, path: Path) -> None:
@@ -287,8 +287,8 @@ def find_dataset(args: Args) -> tuple[str, Path, str]:
     dataset_id = TASKS.get(name, args.env_id)
     env, kind = dataset_id.split("/")[-2:] if "/" in args.env_id else name.split("-", 1)
     folder = Path(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")).expanduser()
-    path = folder / f"{env}_{kind.replace('-', '_')}-v2.hdf5"  # D4RL's own name: hopper_medium_replay-v2.hdf5
-    path = minari.storage.get_dataset_path(dataset_id) if "/" in dataset_id else path
+    file = f"{env}_{kind.replace('-', '_')}-v2.hdf5"  # as D4RL names it: hopper_medium_replay-v2.hdf5
+    path = minari.storage.get_dataset_path(dataset_id) if "/" in dataset_id else folder / file
     try:
         if args.dataset != "stand-in":
             if not path.exists():

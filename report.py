@@ -12,6 +12,7 @@ incomplete, that differ in settings from the others, that are there twice, or wh
 import ast
 import csv
 import json
+import os
 import re
 import shlex
 import sys
@@ -365,7 +366,6 @@ def apart_list(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n" if lines else "None.\n"
 
 
-NEVER = "\nA run that never gains counts with its whole online phase."
 NOTES = """
 Score: 0 is a random policy, 100 an expert. Values are means over seeds with 95 % stratified-bootstrap intervals.
 STAND-IN: trained on our own stand-in for the official dataset, not comparable with a reported number. Reported: after
@@ -383,7 +383,8 @@ def readme_block(rows: list[dict], reported: list[dict], out: str = "results") -
 
 def all_tables(rows: list[dict], reported: list[dict]) -> str:
     sections = {
-        "Headline": (headline_table(rows) or "No pair measured.\n") + NEVER,
+        "Headline": (headline_table(rows) or "No pair measured.\n")
+        + "\nA run that never gains counts with its whole online phase.",
         "Per task": main_table(rows, reported, every_metric=True) + NOTES,
         "Over the tasks that every script has": aggregate_table(rows),
         "Offline": offline_table(rows, reported) + "\n† from memory, not confirmed.",
@@ -511,7 +512,7 @@ def main(args: Args) -> None:
         reported = list(csv.DictReader(file))
     (args.out / "table.md").write_text(all_tables(rows, reported))
     if args.readme:
-        out = args.out.resolve().relative_to(args.readme.resolve().parent).as_posix()
+        out = os.path.relpath(args.out, args.readme.parent)
         update_readme(args.readme, readme_block(rows, reported, out), out)
     drawn = kept(found)
     if drawn:

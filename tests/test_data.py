@@ -306,6 +306,15 @@ def test_a_mirrored_maze_is_turned_to_that_of_the_data(of_data, named, found):
     assert tuple(maze.cell_xy_to_rowcol(obs[6:])) == (row, column), "its goal is where its map has it"
 
 
+def test_evaluation_environment_of_a_dataset_that_names_no_other():
+    parts = [episode(np.zeros((3, 11)), np.zeros((2, 3)), [1, 2], False, True)]
+    spaces = {"observation_space": HOPPER.observation_space, "action_space": HOPPER.action_space}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        minari.create_dataset_from_buffers("x/hopper/only-v0", parts, env=None, eval_env="Hopper-v4", **spaces)
+    assert iql.load_task(make_args(env_id="x/hopper/only-v0")).env_spec.id == "Hopper-v4"
+
+
 def test_environment_without_render_mode():
     rng = np.random.default_rng(0)
     parts = [episode(rng.uniform(-1, 1, (6, 2)).astype(np.float32), np.zeros((5, 2)), [1] * 5, False, True)] * 2

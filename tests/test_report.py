@@ -217,10 +217,15 @@ def test_readme_is_updated_between_its_markers(tmp_path):
     block = report.readme_block(rows, reported_rows())
     assert readme.read_text() == f"before\n<!-- results -->\n{block}<!-- /results -->\nafter\n"
     assert "hopper-medium (STAND-IN)" in block and "results/curves.png" in block
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs/README.md").write_text(readme.read_text())
     maze = tmp_path / "results/maze"
     with pytest.raises(SystemExit) as error:
         run_report(tmp_path / "runs", out=maze, readme=readme)
     assert error.value.code == 2, "another folder has markers of its own"
+    with pytest.raises(SystemExit) as error:
+        run_report(tmp_path / "runs", out=tmp_path / "elsewhere", readme=tmp_path / "docs/README.md")
+    assert error.value.code == 2, "a folder that is not below the README's is one clear line"
     readme.write_text("<!-- results/maze -->\n<!-- /results/maze -->")
     run_report(tmp_path / "runs", out=maze, readme=readme)
     assert "results/maze/curves.png" in readme.read_text()

@@ -95,13 +95,13 @@ class Args:
     reward_bias: float | None = None
     normalize_obs: bool | None = None  # by mean and standard deviation of the dataset
     # Antmaze, kitchen: the authors', who have 512 hidden units in kitchen. Adroit: CORL's. Ours [D2]: locomotion from
-    # the CQL authors' offline setting, pointmaze from antmaze.
+    # the CQL authors' offline setting, pointmaze from antmaze, whose growing multiplier cost it a third of its success.
     domain_values: ClassVar[dict[str, dict]] = {
         "locomotion": {"critic_layers": 2, "conservative_weight": 5.0, "max_target_backup": False},
         "antmaze": {"critic_layers": 4, "lagrange": True, "reward_scale": 10.0, "reward_bias": -5.0},
         "adroit": {"critic_layers": 3, "actor_layers": 3, "conservative_weight": 1.0},
         "kitchen": {"critic_layers": 3, "actor_layers": 3, "importance_sampling": False, "mixing_ratio": 0.25},
-        "pointmaze": {"critic_layers": 4, "lagrange": True, "reward_scale": 10.0, "reward_bias": -5.0},
+        "pointmaze": {"critic_layers": 4, "reward_scale": 10.0, "reward_bias": -5.0},
         "any": {"critic_layers": 2, "actor_layers": 2, "conservative_weight": 5.0, "lagrange": False}
         | {"max_target_backup": True, "importance_sampling": True, "mixing_ratio": 0.5}
         | {"reward_scale": 1.0, "reward_bias": 0.0, "normalize_obs": False},

@@ -425,7 +425,8 @@ def held(rows: list[dict], pattern: str, grid: np.ndarray) -> np.ndarray:
 
 
 def draw_task(top, bottom, rows: list[dict], color: dict[str, str]) -> None:
-    """One task: scores above, below the share of an episode that the explorer gets where deployed, and the resets."""
+    """One task: scores above, below, where there is a `bottom`, the share of an episode that the explorer gets where
+    deployed, and the resets."""
     length = max(row["scores"][-1, 0] for row in rows)
     grid = np.linspace(0, length, 200)
     for script in color:
@@ -443,18 +444,27 @@ def draw_task(top, bottom, rows: list[dict], color: dict[str, str]) -> None:
         learner_steps, learner = on_grid(mine, "online/learner_score")
         if len(learner) and not (learner.shape == scores.shape and np.allclose(learner, scores)):
             top.plot(learner_steps, learner.mean(0), color=color[script], lw=0.7, alpha=0.9)
+        if bottom is None:
+            continue
         bottom.plot(grid, held(mine, r"gate/deployed$", grid), color=color[script], lw=1.5)
         resets = [p for row in mine for tag, p in row["scalars"].items() if re.search(r"/resets$", tag)]
         at = [step for curve in resets for step in curve[np.diff(curve[:, 1], prepend=0) > 0, 0]]
         bottom.plot(at, np.full(len(at), -0.22), "|", color=color[script], ms=7, mew=1.2, clip_on=False)
-    for script in ("cal_ql", None):  # Cal-QL has an offline phase of its own, the others share theirs
-        values = [row["scores"][0, 1] for row in rows if (row["script"] == "cal_ql") == (script == "cal_ql")]
+    own = [script for script in color if script.startswith("cal_ql")]  # with an offline phase of its own
+    for group in ([script for script in color if script not in own], *([script] for script in own)):
+        values = [row["scores"][0, 1] for row in rows if row["script"] in group]
         if values:
-            top.axhline(np.mean(values), color=color.get(script, "black"), ls="--", lw=1)
+            top.axhline(np.mean(values), color=color[group[0]] if group[0] in own else "black", ls="--", lw=1)
     top.set_title(label(rows[0]["task"], rows[0]["dataset_id"]), fontsize=10)
     top.grid(alpha=0.25)
-    bottom.set(ylim=(-0.4, 1.08), yticks=[0, 1], xlim=(0, length), xlabel="online steps")
-    bottom.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:g}M" if x >= 1e6 else f"{x / 1e3:g}k")
+    top.set_ylabel("normalised score", fontsize=9)
+    if bottom is not None:
+        top.tick_params(labelbottom=False)
+        bottom.set(ylim=(-0.4, 1.08), yticks=[0, 1])
+        bottom.set_ylabel("gate", fontsize=9)
+    lowest = top if bottom is None else bottom
+    lowest.set(xlim=(0, length), xlabel="online steps")
+    lowest.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:g}M" if x >= 1e6 else f"{x / 1e3:g}k")
 
 
 def draw(rows: list[dict], path: Path, columns: int = 3) -> None:
@@ -477,18 +487,23 @@ def draw(rows: list[dict], path: Path, columns: int = 3) -> None:
     figure = plt.figure(figsize=(width, height))
     edges = {"left": 0.7 / width, "right": 1 - 0.2 / width, "bottom": 0.55 / height, "top": 1 - 1.15 / height}
     grid = figure.add_gridspec(lines, columns, hspace=0.32, wspace=0.2, **edges)
+    logged = {tag for row in rows for tag in row["scalars"]}
+    gated = any(re.search(r"gate/deployed$|/resets$", tag) for tag in logged)
     for panel, (task, dataset_id) in enumerate(tasks):
-        pair = grid[panel // columns, panel % columns].subgridspec(2, 1, height_ratios=(4, 1), hspace=0.08)
-        bottom = figure.add_subplot(pair[1])
-        top = figure.add_subplot(pair[0], sharex=bottom)
-        top.tick_params(labelbottom=False)
-        top.set_ylabel("normalised score", fontsize=9)
-        bottom.set_ylabel("gate", fontsize=9)
+        spec = grid[panel // columns, panel % columns]
+        if gated:
+            pair = spec.subgridspec(2, 1, height_ratios=(4, 1), hspace=0.08)
+            bottom = figure.add_subplot(pair[1])
+            top = figure.add_subplot(pair[0], sharex=bottom)
+        else:
+            top, bottom = figure.add_subplot(spec), None
         draw_task(top, bottom, [r for r in rows if (r["task"], r["dataset_id"]) == (task, dataset_id)], color)
     handles = [Line2D([], [], color=color[script], lw=2, label=script) for script in scripts]
-    handles += [Line2D([], [], color="black", ls="--", lw=1, label="offline score"),
-                Line2D([], [], color="grey", lw=0.7, label="learner alone"),
-                Line2D([], [], color="grey", ls="", marker="|", label="reset")]  # fmt: skip
+    handles.append(Line2D([], [], color="black", ls="--", lw=1, label="offline score"))
+    if "online/learner_score" in logged:
+        handles.append(Line2D([], [], color="grey", lw=0.7, label="learner alone"))
+    if any(tag.endswith("/resets") for tag in logged):
+        handles.append(Line2D([], [], color="grey", ls="", marker="|", label="reset"))
     figure.legend(handles=handles, loc="upper center", ncols=4 if columns > 1 else 3, fontsize=9, frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)

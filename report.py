@@ -13,7 +13,6 @@ import ast
 import csv
 import json
 import os
-import re
 import shlex
 import sys
 from collections import Counter
@@ -404,6 +403,9 @@ def update_readme(path: Path, block: str, out: str) -> None:
 
 
 # ---- curves ----
+RESETS = "evaluator/resets"
+
+
 def on_grid(rows: list[dict], tag: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps that all rows have a value of `tag` at, and the values there, (runs, steps)."""
     curves = [row["scalars"][tag] for row in rows if tag in row["scalars"]]
@@ -413,20 +415,19 @@ def on_grid(rows: list[dict], tag: str) -> tuple[np.ndarray, np.ndarray]:
     return np.array(steps), np.array([[dict(curve)[step] for step in steps] for curve in curves])
 
 
-def held(rows: list[dict], pattern: str, grid: np.ndarray) -> np.ndarray:
+def held(rows: list[dict], tag: str, grid: np.ndarray) -> np.ndarray:
     """Mean over runs at `grid` of the scalar that is logged now and then and keeps its value in between; nan: none."""
     values = []
-    for row in rows:
-        for tag, curve in row["scalars"].items():
-            if re.search(pattern, tag):
-                last = np.searchsorted(curve[:, 0], grid, side="right") - 1
-                values.append(np.where(last < 0, 0.0, curve[np.maximum(last, 0), 1]))
+    for curve in (row["scalars"][tag] for row in rows if tag in row["scalars"]):
+        last = np.searchsorted(curve[:, 0], grid, side="right") - 1
+        values.append(np.where(last < 0, 0.0, curve[np.maximum(last, 0), 1]))
     return np.mean(values, axis=0) if values else np.full(len(grid), np.nan)
 
 
-def draw_task(top, bottom, rows: list[dict], color: dict[str, str]) -> None:
-    """One task: scores above, below, where there is a `bottom`, the share of an episode that the explorer gets where
-    deployed, and the resets."""
+def draw_task(axes, rows: list[dict], color: dict[str, str]) -> None:
+    """One task: scores in the first of `axes`; in the second, if there is one, the share of an episode that the
+    explorer gets where deployed, and the resets."""
+    top, lowest = axes[0], axes[-1]
     length = max(row["scores"][-1, 0] for row in rows)
     grid = np.linspace(0, length, 200)
     for script in color:
@@ -444,25 +445,23 @@ def draw_task(top, bottom, rows: list[dict], color: dict[str, str]) -> None:
         learner_steps, learner = on_grid(mine, "online/learner_score")
         if len(learner) and not (learner.shape == scores.shape and np.allclose(learner, scores)):
             top.plot(learner_steps, learner.mean(0), color=color[script], lw=0.7, alpha=0.9)
-        if bottom is None:
-            continue
-        bottom.plot(grid, held(mine, r"gate/deployed$", grid), color=color[script], lw=1.5)
-        resets = [p for row in mine for tag, p in row["scalars"].items() if re.search(r"/resets$", tag)]
-        at = [step for curve in resets for step in curve[np.diff(curve[:, 1], prepend=0) > 0, 0]]
-        bottom.plot(at, np.full(len(at), -0.22), "|", color=color[script], ms=7, mew=1.2, clip_on=False)
-    own = [script for script in color if script.startswith("cal_ql")]  # with an offline phase of its own
-    for group in ([script for script in color if script not in own], *([script] for script in own)):
-        values = [row["scores"][0, 1] for row in rows if row["script"] in group]
-        if values:
-            top.axhline(np.mean(values), color=color[group[0]] if group[0] in own else "black", ls="--", lw=1)
+        for bottom in axes[1:]:
+            bottom.plot(grid, held(mine, "gate/deployed", grid), color=color[script], lw=1.5)
+            resets = [row["scalars"][RESETS] for row in mine if RESETS in row["scalars"]]
+            at = [step for curve in resets for step in curve[np.diff(curve[:, 1], prepend=0) > 0, 0]]
+            bottom.plot(at, np.full(len(at), -0.22), "|", color=color[script], ms=7, mew=1.2, clip_on=False)
+    starts = {}  # color -> offline scores
+    for row in rows:
+        own = row["script"].startswith("cal_ql")  # has an offline phase of its own, the others share theirs
+        starts.setdefault(color[row["script"]] if own else "black", []).append(row["scores"][0, 1])
+    for line, values in starts.items():
+        top.axhline(np.mean(values), color=line, ls="--", lw=1)
     top.set_title(label(rows[0]["task"], rows[0]["dataset_id"]), fontsize=10)
     top.grid(alpha=0.25)
     top.set_ylabel("normalised score", fontsize=9)
-    if bottom is not None:
-        top.tick_params(labelbottom=False)
+    for bottom in axes[1:]:
         bottom.set(ylim=(-0.4, 1.08), yticks=[0, 1])
         bottom.set_ylabel("gate", fontsize=9)
-    lowest = top if bottom is None else bottom
     lowest.set(xlim=(0, length), xlabel="online steps")
     lowest.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:g}M" if x >= 1e6 else f"{x / 1e3:g}k")
 
@@ -488,21 +487,16 @@ def draw(rows: list[dict], path: Path, columns: int = 3) -> None:
     edges = {"left": 0.7 / width, "right": 1 - 0.2 / width, "bottom": 0.55 / height, "top": 1 - 1.15 / height}
     grid = figure.add_gridspec(lines, columns, hspace=0.32, wspace=0.2, **edges)
     logged = {tag for row in rows for tag in row["scalars"]}
-    gated = any(re.search(r"gate/deployed$|/resets$", tag) for tag in logged)
+    heights = (4, 1) if logged & {"gate/deployed", RESETS} else (1,)
     for panel, (task, dataset_id) in enumerate(tasks):
-        spec = grid[panel // columns, panel % columns]
-        if gated:
-            pair = spec.subgridspec(2, 1, height_ratios=(4, 1), hspace=0.08)
-            bottom = figure.add_subplot(pair[1])
-            top = figure.add_subplot(pair[0], sharex=bottom)
-        else:
-            top, bottom = figure.add_subplot(spec), None
-        draw_task(top, bottom, [r for r in rows if (r["task"], r["dataset_id"]) == (task, dataset_id)], color)
+        pair = grid[panel // columns, panel % columns].subgridspec(len(heights), 1, height_ratios=heights, hspace=0.08)
+        axes = pair.subplots(sharex=True, squeeze=False)
+        draw_task(axes[:, 0], [r for r in rows if (r["task"], r["dataset_id"]) == (task, dataset_id)], color)
     handles = [Line2D([], [], color=color[script], lw=2, label=script) for script in scripts]
     handles.append(Line2D([], [], color="black", ls="--", lw=1, label="offline score"))
     if "online/learner_score" in logged:
         handles.append(Line2D([], [], color="grey", lw=0.7, label="learner alone"))
-    if any(tag.endswith("/resets") for tag in logged):
+    if RESETS in logged:
         handles.append(Line2D([], [], color="grey", ls="", marker="|", label="reset"))
     figure.legend(handles=handles, loc="upper center", ncols=4 if columns > 1 else 3, fontsize=9, frameon=False)
     figure.savefig(path, dpi=110)

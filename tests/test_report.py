@@ -253,7 +253,7 @@ def test_readme_and_tables_equal_the_results(path):
 def test_curves(tmp_path):
     """One picture for all tasks and one a task, whatever subset of scalars a script logs."""
     gate = {"gate/deployed": [(0, 0.0), (4_000, 0.2), (9_000, 0.6)]}
-    resets = {"online/evaluator/resets": [(1_000, 0), (6_000, 1)]}
+    resets = {"evaluator/resets": [(1_000, 0), (6_000, 1)]}
     for seed in (1, 2):
         make_run(tmp_path / "runs", script="jsrl_gated", seed=seed, learner=(50, 20, 70), scalars=gate)
         make_run(tmp_path / "runs", script="sft_reset", seed=seed, scalars=resets)

@@ -42,12 +42,15 @@ results: README.md. Our choices:
      policy that learns on say little of one moment: hopper's copy of a policy that had returned 3,300 returned 330.
 """
 
+import contextlib
 import copy
 import difflib
+import importlib
 import json
 import math
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -341,13 +344,16 @@ def load_task(args: Args) -> Task:
             fail(f"{dataset_id}: {key} has shape {data[key].shape}, {world.spec.id} needs {needed}; {cure}")
 
     domain, ref_min, ref_max, *_ = ENVS.get(env, ("locomotion", meta.get("ref_min_score"), meta.get("ref_max_score")))
-    data = end_at_goal(data) if domain in GOAL_DOMAINS else data
+    if domain in GOAL_DOMAINS:
+        if not np.isin(data["reward"], (0, 1)).all():
+            fail(f"{dataset_id}: rewards are not 0 or 1; a goal task needs its sparse dataset")
+        data = end_at_goal(data)
     last, n = data["terminated"] | data["truncated"], len(data["obs"])
     first = np.append(0, np.flatnonzero(last)[:-1] + 1)
     returns = np.add.reduceat(data["reward"], first, dtype=np.float64)
     worst, best = float(returns.min()), float(returns.max())
     ref_min, ref_max = (worst, best) if ref_max is None else (ref_min, ref_max)
-    if path.suffix != ".hdf5" and meta.get("ref_max_score") is None:
+    if meta.get("ref_max_score") is None and not (path.suffix == ".hdf5" and env in ENVS):
         print(f"{dataset_id} has no reference scores; 0 and 100 are returns of {ref_min:.1f} and {ref_max:.1f}")
     spread = max(best - worst, 1e-6)
     resolved = args.domain_values["any"] | args.domain_values[domain]
@@ -362,7 +368,7 @@ def load_task(args: Args) -> Task:
     data["reward"] = task.transform_reward(data["reward"])
     episodes = zip(np.split(data["reward"], first[1:]), (returns <= 0) & (domain in GOAL_DOMAINS), strict=True)
     data["return_to_go"] = np.hstack([returns_to_go(r.tolist(), failed, task, args.gamma) for r, failed in episodes])
-    data["action"] = np.clip(2 * (data["action"] - box.low) / (box.high - box.low) - 1, -1 + 1e-5, 1 - 1e-5)  # [D4]
+    data["action"] = np.clip(2 * (data["action"] - box.low) / (box.high - box.low) - 1, -1 + 1e-5, 1 - 1e-5)
     data["obs"], data["next_obs"] = task.transform_obs(data["obs"]), task.transform_obs(data["next_obs"])
     known = data.pop("known", slice(None))
     task.data = {key: value[known].astype(np.float32) for key, value in data.items()}
@@ -740,7 +746,7 @@ class Gate:
             self.trial = min(round(self.level + self.notch, 6), 1.0)
         if self.trial != before:
             self.results = []
-        return opens - refuted
+        return -1 if refuted else int(opens)
 
 
 def run_updates(agent: nn.Module, buffer: ReplayBuffer, n: int, online_share: float | None = None) -> dict[str, Tensor]:
@@ -797,9 +803,12 @@ def degradation(offline_score: float, steps: list[int], scores: list[float]) -> 
 
 
 def save_file(path: Path, content: dict) -> None:
-    """Written under a temporary name, flushed to the disk and renamed: whole or not there."""
+    """Written under a temporary name, flushed to the disk and renamed: whole or not there; .json as text."""
     with open(path.with_suffix(".part"), "wb") as file:
-        torch.save(content, file)
+        if path.suffix == ".json":
+            file.write(json.dumps(content, indent=2).encode())
+        else:
+            torch.save(content, file)
         file.flush()
         os.fsync(file.fileno())
     os.replace(path.with_suffix(".part"), path)
@@ -821,28 +830,41 @@ class Run:
     """The run folder: args.json, this script, TensorBoard logs, checkpoint.pt, offline.pt, online.pt, summary.json."""
 
     def __init__(self, args: Args):
-        positive = ("offline_steps", "online_steps", "eval_every", "eval_episodes", "save_every", "utd_ratio")
-        for name in (*positive, "batch_size", "buffer_size", "hidden", "segment_steps", "window", "recovery_ratio"):
-            if getattr(args, name, 1) < 1:
-                fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
-        if not 0 < args.gamma < 1:
-            fail(f"--gamma is {args.gamma}; it must lie between 0 and 1")
-        for name in ("tau", "dropout", "expectile", "online_share", "confidence"):
-            share = getattr(args, name, None)  # not every script has every one, and None is the task's own
-            if share is not None and not 0 <= share <= 1:
-                fail(f"--{name.replace('_', '-')} is {share}; it must lie between 0 and 1")
+        counts = "offline_steps online_steps eval_every eval_episodes save_every utd_ratio batch_size buffer_size"
+        counts += " hidden segment_steps window recovery_ratio n_actions critic_layers actor_layers"
+        shares = "tau dropout expectile online_share mixing_ratio confidence replace_confidence"
+        rules = (
+            (counts, "be at least 1", lambda v: v >= 1),
+            (shares, "lie in [0, 1]", lambda v: 0 <= v <= 1),
+            ("gamma", "lie between 0 and 1", lambda v: 0 < v < 1),
+            ("learning_rate critic_learning_rate actor_learning_rate initial_std", "be above 0", lambda v: v > 0),
+            ("seed", "lie in [0, 2^32)", lambda v: 0 <= v < 2**32),
+        )
+        for names, rule, holds in rules:
+            for name in names.split():
+                value = getattr(args, name, None)  # not every script has every one, and None is the task's own
+                if value is not None and not holds(value):
+                    fail(f"--{name.replace('_', '-')} is {value}; it must {rule}")
+        for flag, package in {"track": "wandb", "capture_video": "moviepy"}.items():
+            try:
+                _ = getattr(args, flag) and importlib.import_module(package)
+            except ImportError:
+                fail(f"--{flag.replace('_', '-')} needs {package}, which is not installed: pip install {package}")
         if (args.cuda or args.cuda_graph) and not torch.cuda.is_available():
             fail("--cuda and --cuda-graph need a CUDA device, and there is none here; leave them out")
         name = Path(args.env_id).stem if args.env_id.endswith(".hdf5") else args.env_id.replace("/", "_")
         self.args, self.dir = args, Path(args.run_dir, f"{name}__{args.exp_name}__{args.seed}")
+        if any(path.is_file() for path in (self.dir, *self.dir.parents)):
+            fail(f"{self.dir} cannot be made, there is a file in its way; give another --run-dir")
         if self.dir.exists() and not args.resume:
             fail(f"{self.dir} exists; continue it with --resume, or give another --exp-name, --seed or --run-dir")
         self.progress = {"offline_step": 0, "online_step": 0, "episode": 0, "seconds": 0.0, "scores": [], "steps": []}
 
-    def start(self, **parts) -> None:
+    def start(self, task: Task, **parts) -> None:
         """Create the folder; or put `parts`, progress and random generators back to where its checkpoint has them."""
         args, progress, self.parts, checkpoint = self.args, self.progress, parts, self.dir / "checkpoint.pt"
         settings = {name: value for name, value in vars(args).items() if name != "resume"}
+        settings |= {"dataset_id": task.dataset_id, "script": Path(__file__).stem}
         self.settings = {f"--{name}": value for name, value in settings.items()}  # no name of a part
         if checkpoint.exists():
             saved = load_file(checkpoint, **self.settings)
@@ -856,8 +878,9 @@ class Run:
         found = subprocess.run(git, capture_output=True, text=True).stdout if shutil.which("git") else ""
         self.commit = found.strip() or None
         self.dir.mkdir(parents=True, exist_ok=True)
-        (self.dir / "args.json").write_text(json.dumps(settings, indent=2))
-        shutil.copy(__file__, self.dir)
+        save_file(self.dir / "args.json", settings)
+        with contextlib.suppress(shutil.SameFileError):  # the copy itself, run again
+            shutil.copy(__file__, self.dir)
         if args.track:
             import wandb
 
@@ -865,6 +888,8 @@ class Run:
             wandb.init(**names, config=settings, sync_tensorboard=True)
         purge = {"offline": progress["offline_step"] + 1, "online": progress["online_step"] + bool(progress["steps"])}
         self.writers = {phase: SummaryWriter(self.dir / phase, purge_step=step) for phase, step in purge.items()}
+        for writer in self.writers.values():
+            writer.add_text("dataset_id", task.dataset_id)
         self.began, self.saved_at, self.stop = time.time() - progress["seconds"], progress["online_step"], False
         for number in (signal.SIGTERM, signal.SIGUSR1):  # what SLURM sends before it takes the machine away
             signal.signal(number, lambda *_: setattr(self, "stop", True))
@@ -895,7 +920,7 @@ class Run:
         parts = {name: part.state_dict() for name, part in self.parts.items()}
         save_file(self.dir / "checkpoint.pt", self.settings | parts | {"progress": self.progress, "rng": rng})
         if self.stop:
-            print(f"stopped and saved; continue with: {' '.join(['python', *sys.argv, '--resume'])}")
+            print(f"stopped and saved; continue with: {shlex.join(['python', *sys.argv, '--resume'])}")
             sys.exit(0)
 
     def finish(self, task: Task, **more) -> dict:
@@ -905,12 +930,13 @@ class Run:
         args, progress = self.args, self.progress
         updates = args.online_steps * args.utd_ratio + (0 if args.offline_checkpoint else args.offline_steps)
         summary = {name: getattr(args, name) for name in ("env_id", "seed", "offline_steps", "online_steps")}
-        summary |= {"algorithm": args.exp_name, "dataset_id": task.dataset_id, "eval_env": task.env_spec.id}
+        summary |= {"algorithm": Path(__file__).stem, "exp_name": args.exp_name}
+        summary |= {"dataset_id": task.dataset_id, "eval_env": task.env_spec.id}
         summary |= degradation(progress["offline_score"], progress["steps"], progress["scores"]) | more
         summary |= {"seconds": progress["seconds"], "updates_per_second": updates / progress["seconds"]}
         summary |= {"versions": {name: version(name) for name in ("torch", "gymnasium", "mujoco", "minari", "numpy")}}
         summary |= {"device": "cuda" if args.cuda else "cpu", "commit": self.commit}
-        (self.dir / "summary.json").write_text(json.dumps(summary, indent=2))
+        save_file(self.dir / "summary.json", summary)
         print(json.dumps(summary, indent=2))
         return summary
 
@@ -936,12 +962,14 @@ def train(args: Args) -> dict:
         explorer = learner(task.data["obs"].shape[1], task.data["action"].shape[1], args)
     guide, gate = copy.deepcopy(agent).requires_grad_(False), Gate(args, task)
     candidate = copy.deepcopy(guide)  # [D9]
-    identity = {"algorithm": agent.algorithm, "dataset_id": task.dataset_id, "hidden": args.hidden}
+    identity = {"algorithm": agent.algorithm, "dataset_id": task.dataset_id}
+    same = "hidden", "gamma", "dropout", "reward_scale", "reward_bias", "normalize_obs"  # dropout: not in cal_ql
+    identity |= {name: vars(args).get(name) for name in same}
     if args.offline_checkpoint:
         pretrained = load_file(Path(args.offline_checkpoint), phase="offline", **identity)
         agent.load_state_dict(pretrained["agent"])
         args.offline_steps = run.progress["offline_step"] = pretrained["offline_steps"]
-    run.start(agent=agent, buffer=buffer, explorer=explorer, guide=guide, candidate=candidate, gate=gate)
+    run.start(task, agent=agent, buffer=buffer, explorer=explorer, guide=guide, candidate=candidate, gate=gate)
     progress, eval_env = run.progress, task.make_env(run.dir / "videos" if args.capture_video else None)
 
     # ---- offline ----
@@ -1009,7 +1037,7 @@ def train(args: Args) -> dict:
             states, gains, explored = zip(*trail, strict=True)
             values = guide.value(torch.from_numpy(np.stack(states)).to(device)).squeeze(-1).tolist()
             decided = gate.end(step, level, values, gains) | {"gate/explorer_share": np.mean(explored)}
-            run.log("online", step, {"episodic_return": episode_return} | decided)
+            run.log("online", step, {"episodic_return": episode_return, "gate/offset": offset} | decided)
             if gate.candidate and not gate.tested:  # [D9]
                 copy_weights(explorer.actor.net, candidate.actor.net)
             elif decided["gate/promoted"] > 0:

@@ -23,29 +23,35 @@ Our choices:
      five windows old. What is deployed selects only where they gained by more than it: to be tried, a selection must
      not be known to lose, to be deployed it must be known to gain.
 [D5] Stable is a new Q whose TD error, drift at fixed states and error of k-step returns in probes are small over a
-     window; it stays so until one exceeds twice its limit. Until then the offline Q selects, under the same rule.
+     window; it stays so until one exceeds twice its limit or the pair is replaced, when all measures begin anew. Until
+     then the retained Q selects, under the same rule.
 [D6] A gain obtained is a sum of TD errors of the retained policy's fitted Q. Whatever is wrong with that Q shows in the
      segments of the retained policy alone and is subtracted.
 [D7] Policy evaluation takes the inverse-variance mean of the critic at start states, fitted Q evaluation there, and its
      correction by gains obtained. A learner is proposed when its lower bound is above the estimate of the pair so far
      and, when last probed, it gained no less than what is deployed. Then a frozen copy of it acts alone in whole
-     episodes, and replaces the pair when their returns are higher by more than the bound. What they returned less than
+     episodes, in turn with the retained policy until that has ten of its own, and replaces the pair once a one-sided t
+     test of their returns says that it is better; a copy that is not so on average after three, or after ten is still
+     in doubt, is refused (drawn from a normal distribution, 13 % of equal copies pass). What they returned less than
      was predicted is taken off later predictions: values discounted by 0.99 see little of where an episode ends. Each
-     refusal doubles the time to the next proposal. The first three episodes are the retained policy's alone.
+     refusal doubles the time to the next proposal.
 [D8] A learner that may rarely act gets few data to correct what it overrates. So its policy loss holds it to the
      retained policy, as TD3+BC (Fujimoto, Gu 2021) does to the data: less while it is stable and its probes gain, but
      never less than a quarter (hopper's learner falls for good without), more while not.
-[D9] A reset waits until nothing deployed depends on the learner: just after it was retained, or while what is deployed
-     gains nothing by it. Then it starts from nothing, with more updates a step until its Q is stable again or half of
-     the time to the next reset is over.
+[D9] A reset waits until nothing deployed depends on the learner, neither a selection that gains by it nor a proposal.
+     Then it starts from nothing, with more updates a step until its Q is stable again or half of the time to the next
+     reset is over.
 """
 
+import contextlib
 import copy
 import difflib
+import importlib
 import json
 import math
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -117,6 +123,7 @@ class Args:
     drift_limit: float = 0.05  # of values over a window, same unit
     calibration_limit: float = 0.15  # of k-step returns in probes, same unit
     bound_errors: float = 1.0  # standard errors from an estimate to its lower bound [D7]
+    replace_confidence: float = 0.95  # that a learner is better, in whole episodes, before it replaces the pair [D7]
     reset_every: int = 20_000  # environment steps; 0: never [D9]
     recovery_ratio: int = 4  # times utd_ratio, from a reset until stable
     # None below: the value of the task's domain.
@@ -341,13 +348,16 @@ def load_task(args: Args) -> Task:
             fail(f"{dataset_id}: {key} has shape {data[key].shape}, {world.spec.id} needs {needed}; {cure}")
 
     domain, ref_min, ref_max, *_ = ENVS.get(env, ("locomotion", meta.get("ref_min_score"), meta.get("ref_max_score")))
-    data = end_at_goal(data) if domain in GOAL_DOMAINS else data
+    if domain in GOAL_DOMAINS:
+        if not np.isin(data["reward"], (0, 1)).all():
+            fail(f"{dataset_id}: rewards are not 0 or 1; a goal task needs its sparse dataset")
+        data = end_at_goal(data)
     last, n = data["terminated"] | data["truncated"], len(data["obs"])
     first = np.append(0, np.flatnonzero(last)[:-1] + 1)
     returns = np.add.reduceat(data["reward"], first, dtype=np.float64)
     worst, best = float(returns.min()), float(returns.max())
     ref_min, ref_max = (worst, best) if ref_max is None else (ref_min, ref_max)
-    if path.suffix != ".hdf5" and meta.get("ref_max_score") is None:
+    if meta.get("ref_max_score") is None and not (path.suffix == ".hdf5" and env in ENVS):
         print(f"{dataset_id} has no reference scores; 0 and 100 are returns of {ref_min:.1f} and {ref_max:.1f}")
     spread = max(best - worst, 1e-6)
     resolved = args.domain_values["any"] | args.domain_values[domain]
@@ -362,7 +372,7 @@ def load_task(args: Args) -> Task:
     data["reward"] = task.transform_reward(data["reward"])
     episodes = zip(np.split(data["reward"], first[1:]), (returns <= 0) & (domain in GOAL_DOMAINS), strict=True)
     data["return_to_go"] = np.hstack([returns_to_go(r.tolist(), failed, task, args.gamma) for r, failed in episodes])
-    data["action"] = np.clip(2 * (data["action"] - box.low) / (box.high - box.low) - 1, -1 + 1e-5, 1 - 1e-5)  # [D4]
+    data["action"] = np.clip(2 * (data["action"] - box.low) / (box.high - box.low) - 1, -1 + 1e-5, 1 - 1e-5)
     data["obs"], data["next_obs"] = task.transform_obs(data["obs"]), task.transform_obs(data["next_obs"])
     known = data.pop("known", slice(None))
     task.data = {key: value[known].astype(np.float32) for key, value in data.items()}
@@ -633,7 +643,8 @@ class Evaluator(nn.Module):
         self.returns = [[], []]  # of whole episodes of the retained policy alone, and of the proposed one
         self.predicted, self.excess = 0.0, 0.0  # score of the proposed one; by how much such a prediction was too high
         self.records, self.segment, self.values, self.history = [], [], [], []
-        self.margins, self.estimates = [math.inf, math.inf], [[0.0, 0.0], [0.0, 0.0]]  # value and its standard error
+        self.margins = [math.inf, math.inf]
+        self.estimates = [[0.0, 0.0], [math.inf, math.inf]]  # value and its standard error; inf: not known yet
 
     def begin(self, agent: Agent, starts: list[np.ndarray], task: Task, score: float) -> None:
         """The online phase begins: what was trained so far is retained."""
@@ -646,7 +657,8 @@ class Evaluator(nn.Module):
         self.next_episode()
         self.scale = float(np.abs(task.data["reward"]).mean()) * self.horizon + 1e-6  # the unit of the limits
         steps = len(task.data["reward"]) / max(task.data["terminated"].sum() + task.data["truncated"].sum(), 1)
-        self.per_value = float(steps / self.horizon / task.reward_scale * self.per_return)
+        known = task.domain not in GOAL_DOMAINS  # there a value counts steps, not successes
+        self.per_value = float(steps / self.horizon / task.reward_scale * self.per_return) if known else math.nan
 
     @property
     def retained(self) -> nn.Module:
@@ -724,7 +736,7 @@ class Evaluator(nn.Module):
         weight, acted, *promised, gain, critic_error, fitted_error, td_error, role = np.array(self.records).T
         controls, mixed = (np.flatnonzero(rows)[-2 * window :] for rows in (role < 0, acted > 0))
         recent = np.arange(len(role)) >= len(role) - 5 * window
-        probes, selected = (np.flatnonzero(rows)[-window:] for rows in (role > 0, recent & (role == 0)))
+        probes, selected = (np.flatnonzero(recent & rows)[-window:] for rows in (role > 0, role == 0))
         log, self.margins = {"learner_share": acted[-1] / weight[-1]}, [math.inf, math.inf]
         self.trusted, deployed = args.evaluator == "online", 0.0  # its gain over the retained policy
 
@@ -761,16 +773,20 @@ class Evaluator(nn.Module):
         # Policy evaluation [D7]
         if min(len(controls), len(probes)) >= enough:
             base = expect(self.fitted[0], self.retained, self.starts).mean()
-            for i, (policy, rows) in enumerate(((self.retained, controls), (learner, probes))):
+            sides = ("retained", self.retained, controls), ("learner", learner, probes)
+            for i, (policy_name, policy, rows) in enumerate(sides):
                 sources = [self.horizon * ratio(gain[rows], weight[rows]) + [base, 0.0]]
                 for critic, error in ((policy.target_critic, critic_error), (self.fitted[i], fitted_error)):
                     value, doubt = expect(critic, policy, self.starts).mean(1), ratio(error[rows], weight[rows])
                     sources.append([value.mean(), value.std() + self.horizon * np.abs(doubt).sum()])
                 self.estimates[i] = list(combine(sources))
-            (retained, _), (value, error) = self.estimates
+                for name, (value, doubt) in zip(("obtained", "critic", "fitted"), sources, strict=True):
+                    log |= {f"{policy_name}_{name}": value, f"{policy_name}_{name}_error": doubt}
+            (retained, retained_error), (value, error) = self.estimates
             obtained = ratio(net[probes], weight[probes])[0]
             lower = value - args.bound_errors * error
-            log |= {"retained_value": retained, "learner_value": value, "learner_lower": lower}
+            log |= {"retained_value": retained, "retained_error": retained_error}
+            log |= {"learner_value": value, "learner_error": error, "learner_lower": lower}
             log |= {"learner_gain": obtained, "deployed_gain": deployed}
             better = self.stable and lower > retained and obtained >= deployed and not self.proving
             if better and self.segments >= self.next_proposal and args.evaluator == "frozen-until-stable":
@@ -779,7 +795,7 @@ class Evaluator(nn.Module):
 
         # Reset: due, and nothing deployed depends on the learner [D9]
         due = due and step - self.last_reset >= due
-        if due and (deployed <= 0 or args.evaluator == "online"):
+        if due and not self.proving and (deployed <= 0 or args.evaluator == "online"):
             reset(learner)
             learner.anchor.fill_(self.most_hold)
             self.records, self.values, self.margins = [row for row in self.records if row[-1] < 0], [], [math.inf] * 2
@@ -799,13 +815,16 @@ class Evaluator(nn.Module):
 
     def end_episode(self, learner: Explorer, episode_return: float) -> None:
         """Whether the proposed learner is retained [D7]."""
+        from scipy.special import stdtrit  # quantile of Student's t; here, so that all scripts import the same on top
+
         if self.alone >= 0:
             self.returns[self.alone].append(float(episode_return))
         if len(self.returns[1]) >= 3:
             (old, doubt), (new, error) = (ratio(np.array(sample), np.ones(len(sample))) for sample in self.returns)
-            gain, bound = new - old, self.args.bound_errors * math.hypot(doubt, error)
-            if abs(gain) > bound or len(self.returns[1]) == 10:
-                better, score = gain > bound, float(self.score + self.per_return * gain)
+            freedom = len(self.returns[0]) + len(self.returns[1]) - 2
+            gain, bound = new - old, stdtrit(freedom, self.args.replace_confidence) * math.hypot(doubt, error)
+            if gain > bound or gain <= 0 or len(self.returns[1]) == 10:
+                better, score = bool(gain > bound), float(self.score + self.per_return * gain)
                 self.excess = 0.0 if better else self.excess + self.predicted - score
                 self.refused = 0 if better else self.refused + 1
                 self.next_proposal = self.segments + self.args.window * 2**self.refused
@@ -816,10 +835,11 @@ class Evaluator(nn.Module):
         self.next_episode()
 
     def next_episode(self) -> None:
-        """Whether it is wholly one policy's: the retained one's at first, both in turn while a learner is proving."""
-        self.alone = -1
-        if self.args.evaluator == "frozen-until-stable" and (self.proving or len(self.returns[0]) < 3):
-            self.alone = int(3 <= len(self.returns[0]) >= len(self.returns[1]))
+        """Whether it is wholly one policy's: the retained one's three times at first; while a learner is proving, its
+        own, and in turn the retained one's until there are ten of them."""
+        known, last, self.alone = len(self.returns[0]), self.alone, -1
+        if self.args.evaluator == "frozen-until-stable" and (self.proving or known < 3):
+            self.alone = int(known >= 10 or (known >= 3 and last != 1))
             self.kind = ("control", "trial")[self.alone]
         elif self.kind == "trial":
             self.kind = "select"
@@ -913,9 +933,12 @@ def degradation(offline_score: float, steps: list[int], scores: list[float]) -> 
 
 
 def save_file(path: Path, content: dict) -> None:
-    """Written under a temporary name, flushed to the disk and renamed: whole or not there."""
+    """Written under a temporary name, flushed to the disk and renamed: whole or not there; .json as text."""
     with open(path.with_suffix(".part"), "wb") as file:
-        torch.save(content, file)
+        if path.suffix == ".json":
+            file.write(json.dumps(content, indent=2).encode())
+        else:
+            torch.save(content, file)
         file.flush()
         os.fsync(file.fileno())
     os.replace(path.with_suffix(".part"), path)
@@ -937,28 +960,41 @@ class Run:
     """The run folder: args.json, this script, TensorBoard logs, checkpoint.pt, offline.pt, online.pt, summary.json."""
 
     def __init__(self, args: Args):
-        positive = ("offline_steps", "online_steps", "eval_every", "eval_episodes", "save_every", "utd_ratio")
-        for name in (*positive, "batch_size", "buffer_size", "hidden", "segment_steps", "window", "recovery_ratio"):
-            if getattr(args, name, 1) < 1:
-                fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
-        if not 0 < args.gamma < 1:
-            fail(f"--gamma is {args.gamma}; it must lie between 0 and 1")
-        for name in ("tau", "dropout", "expectile", "online_share", "confidence"):
-            share = getattr(args, name, None)  # not every script has every one, and None is the task's own
-            if share is not None and not 0 <= share <= 1:
-                fail(f"--{name.replace('_', '-')} is {share}; it must lie between 0 and 1")
+        counts = "offline_steps online_steps eval_every eval_episodes save_every utd_ratio batch_size buffer_size"
+        counts += " hidden segment_steps window recovery_ratio n_actions critic_layers actor_layers"
+        shares = "tau dropout expectile online_share mixing_ratio confidence replace_confidence"
+        rules = (
+            (counts, "be at least 1", lambda v: v >= 1),
+            (shares, "lie in [0, 1]", lambda v: 0 <= v <= 1),
+            ("gamma", "lie between 0 and 1", lambda v: 0 < v < 1),
+            ("learning_rate critic_learning_rate actor_learning_rate initial_std", "be above 0", lambda v: v > 0),
+            ("seed", "lie in [0, 2^32)", lambda v: 0 <= v < 2**32),
+        )
+        for names, rule, holds in rules:
+            for name in names.split():
+                value = getattr(args, name, None)  # not every script has every one, and None is the task's own
+                if value is not None and not holds(value):
+                    fail(f"--{name.replace('_', '-')} is {value}; it must {rule}")
+        for flag, package in {"track": "wandb", "capture_video": "moviepy"}.items():
+            try:
+                _ = getattr(args, flag) and importlib.import_module(package)
+            except ImportError:
+                fail(f"--{flag.replace('_', '-')} needs {package}, which is not installed: pip install {package}")
         if (args.cuda or args.cuda_graph) and not torch.cuda.is_available():
             fail("--cuda and --cuda-graph need a CUDA device, and there is none here; leave them out")
         name = Path(args.env_id).stem if args.env_id.endswith(".hdf5") else args.env_id.replace("/", "_")
         self.args, self.dir = args, Path(args.run_dir, f"{name}__{args.exp_name}__{args.seed}")
+        if any(path.is_file() for path in (self.dir, *self.dir.parents)):
+            fail(f"{self.dir} cannot be made, there is a file in its way; give another --run-dir")
         if self.dir.exists() and not args.resume:
             fail(f"{self.dir} exists; continue it with --resume, or give another --exp-name, --seed or --run-dir")
         self.progress = {"offline_step": 0, "online_step": 0, "episode": 0, "seconds": 0.0, "scores": [], "steps": []}
 
-    def start(self, **parts) -> None:
+    def start(self, task: Task, **parts) -> None:
         """Create the folder; or put `parts`, progress and random generators back to where its checkpoint has them."""
         args, progress, self.parts, checkpoint = self.args, self.progress, parts, self.dir / "checkpoint.pt"
         settings = {name: value for name, value in vars(args).items() if name != "resume"}
+        settings |= {"dataset_id": task.dataset_id, "script": Path(__file__).stem}
         self.settings = {f"--{name}": value for name, value in settings.items()}  # no name of a part
         if checkpoint.exists():
             saved = load_file(checkpoint, **self.settings)
@@ -972,8 +1008,9 @@ class Run:
         found = subprocess.run(git, capture_output=True, text=True).stdout if shutil.which("git") else ""
         self.commit = found.strip() or None
         self.dir.mkdir(parents=True, exist_ok=True)
-        (self.dir / "args.json").write_text(json.dumps(settings, indent=2))
-        shutil.copy(__file__, self.dir)
+        save_file(self.dir / "args.json", settings)
+        with contextlib.suppress(shutil.SameFileError):  # the copy itself, run again
+            shutil.copy(__file__, self.dir)
         if args.track:
             import wandb
 
@@ -981,6 +1018,8 @@ class Run:
             wandb.init(**names, config=settings, sync_tensorboard=True)
         purge = {"offline": progress["offline_step"] + 1, "online": progress["online_step"] + bool(progress["steps"])}
         self.writers = {phase: SummaryWriter(self.dir / phase, purge_step=step) for phase, step in purge.items()}
+        for writer in self.writers.values():
+            writer.add_text("dataset_id", task.dataset_id)
         self.began, self.saved_at, self.stop = time.time() - progress["seconds"], progress["online_step"], False
         for number in (signal.SIGTERM, signal.SIGUSR1):  # what SLURM sends before it takes the machine away
             signal.signal(number, lambda *_: setattr(self, "stop", True))
@@ -1011,7 +1050,7 @@ class Run:
         parts = {name: part.state_dict() for name, part in self.parts.items()}
         save_file(self.dir / "checkpoint.pt", self.settings | parts | {"progress": self.progress, "rng": rng})
         if self.stop:
-            print(f"stopped and saved; continue with: {' '.join(['python', *sys.argv, '--resume'])}")
+            print(f"stopped and saved; continue with: {shlex.join(['python', *sys.argv, '--resume'])}")
             sys.exit(0)
 
     def finish(self, task: Task, **more) -> dict:
@@ -1021,12 +1060,13 @@ class Run:
         args, progress = self.args, self.progress
         updates = args.online_steps * args.utd_ratio + (0 if args.offline_checkpoint else args.offline_steps)
         summary = {name: getattr(args, name) for name in ("env_id", "seed", "offline_steps", "online_steps")}
-        summary |= {"algorithm": args.exp_name, "dataset_id": task.dataset_id, "eval_env": task.env_spec.id}
+        summary |= {"algorithm": Path(__file__).stem, "exp_name": args.exp_name}
+        summary |= {"dataset_id": task.dataset_id, "eval_env": task.env_spec.id}
         summary |= degradation(progress["offline_score"], progress["steps"], progress["scores"]) | more
         summary |= {"seconds": progress["seconds"], "updates_per_second": updates / progress["seconds"]}
         summary |= {"versions": {name: version(name) for name in ("torch", "gymnasium", "mujoco", "minari", "numpy")}}
         summary |= {"device": "cuda" if args.cuda else "cpu", "commit": self.commit}
-        (self.dir / "summary.json").write_text(json.dumps(summary, indent=2))
+        save_file(self.dir / "summary.json", summary)
         print(json.dumps(summary, indent=2))
         return summary
 
@@ -1050,12 +1090,14 @@ def train(args: Args) -> dict:
         agent = Agent(task.data["obs"].shape[1], task.data["action"].shape[1], args)
         learner = Explorer(task.data["obs"].shape[1], task.data["action"].shape[1], args)
         evaluator = Evaluator(agent, learner, args)
-    identity = {"algorithm": agent.algorithm, "dataset_id": task.dataset_id, "hidden": args.hidden}
+    identity = {"algorithm": agent.algorithm, "dataset_id": task.dataset_id}
+    same = "hidden", "gamma", "dropout", "reward_scale", "reward_bias", "normalize_obs"  # dropout: not in cal_ql
+    identity |= {name: vars(args).get(name) for name in same}
     if args.offline_checkpoint:
         pretrained = load_file(Path(args.offline_checkpoint), phase="offline", **identity)
         agent.load_state_dict(pretrained["agent"])
         args.offline_steps = run.progress["offline_step"] = pretrained["offline_steps"]
-    run.start(agent=agent, buffer=buffer, learner=learner, evaluator=evaluator)
+    run.start(task, agent=agent, buffer=buffer, learner=learner, evaluator=evaluator)
     progress, eval_env = run.progress, task.make_env(run.dir / "videos" if args.capture_video else None)
 
     # ---- offline ----

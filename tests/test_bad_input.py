@@ -1,6 +1,7 @@
 """Bad input costs one line and exit code 2: no traceback, nothing half-written."""
 
 import os
+import sys
 from pathlib import Path
 
 import gymnasium as gym
@@ -81,8 +82,9 @@ def test_steps_below_one(refuse, name, value):
 
 @pytest.mark.parametrize("name, value", [
     ("gamma", 0.0), ("gamma", 1.0), ("gamma", 1.5), ("tau", -0.1), ("expectile", 2.0), ("online_share", 1.1),
+    ("learning_rate", 0.0), ("learning_rate", -1.0), ("gamma", float("nan")), ("seed", -1), ("seed", 2**32),
 ])  # fmt: skip
-def test_shares_outside_0_and_1(refuse, name, value):
+def test_numbers_out_of_range(refuse, name, value):
     line = refuse(**{name: value})
     assert f"--{name.replace('_', '-')}" in line and str(value) in line
 
@@ -91,6 +93,20 @@ def test_shares_outside_0_and_1(refuse, name, value):
 @pytest.mark.parametrize("flags", [{"cuda": True}, {"cuda_graph": True}, {"cuda": True, "cuda_graph": True}])
 def test_cuda_without_a_device(refuse, flags):
     assert "--cuda" in refuse(**flags)
+
+
+@pytest.mark.parametrize("flag, package", [("track", "wandb"), ("capture_video", "moviepy")])
+def test_packages_that_are_not_installed(refuse, monkeypatch, flag, package):
+    monkeypatch.setitem(sys.modules, package, None)  # importing it raises ImportError
+    line = refuse(**{flag: True})
+    assert f"--{flag.replace('_', '-')}" in line and f"pip install {package}" in line
+
+
+def test_a_file_where_runs_are_to_go(refuse, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for run_dir in (tmp_path / "file", tmp_path / "file" / "runs"):
+        assert "file in its way" in refuse(run_dir=str(run_dir))
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_run_folder_that_exists_is_left_alone(refuse, toy_args):
@@ -201,6 +217,20 @@ def test_discrete_actions(refuse, tmp_path):
 # ---- Minari datasets ----
 
 
+def test_a_maze_of_dense_rewards(refuse):
+    env, n = gym.spec("PointMaze_UMazeDense-v3"), 4
+    obs = {
+        "observation": np.zeros((n + 1, 4)),
+        "achieved_goal": np.zeros((n + 1, 2)),
+        "desired_goal": np.ones((n + 1, 2)),
+    }
+    flags = [False] * n, [False] * (n - 1) + [True]
+    episode = EpisodeBuffer(None, None, None, obs, np.zeros((n, 2), np.float32), [0.1, 0.2, 0.3, 0.4], *flags)
+    record("x/pointmaze/umaze-dense-v0", env, [episode])
+    line = refuse(env_id="x/pointmaze/umaze-dense-v0")
+    assert "x/pointmaze/umaze-dense-v0" in line and "sparse" in line
+
+
 @pytest.mark.parametrize("how", ["empty", "text", "truncated"])
 @pytest.mark.parametrize("file", ["main_data.hdf5", "metadata.json"])
 def test_damaged_minari(refuse, how, file):
@@ -289,8 +319,15 @@ def test_offline_checkpoint_of_something_else(refuse, offline_pt, tmp_path):
         torch.save(content | {key: value}, other)
         line = refuse(offline_checkpoint=str(other))
         assert str(other) in line and key in line and value in line
-    line = refuse(offline_checkpoint=str(offline_pt), hidden=24)
-    assert "hidden" in line and "16" in line and "24" in line
+    for key, was, value in (
+        ("hidden", 16, 24),
+        ("dropout", 0.0, 0.1),
+        ("normalize_obs", False, True),
+        ("gamma", 0.99, 0.9),
+    ):
+        line = refuse(offline_checkpoint=str(offline_pt), **{key: value})
+        assert key in line and str(was) in line and str(value) in line
+    assert "reward_scale" in refuse(offline_checkpoint=str(offline_pt), reward_scale=5.0)
     for name in ("checkpoint.pt", "online.pt"):
         assert name in refuse(offline_checkpoint=str(offline_pt.with_name(name)))
 
@@ -331,6 +368,18 @@ def test_resume_with_other_arguments(refuse, toy_args):
         assert next(iter(other)) in line and str(next(iter(other.values()))) in line and len(line) < 400
     now = (run_folder(toy_args) / "checkpoint.pt").read_bytes(), (run_folder(toy_args) / "args.json").read_text()
     assert now == saved
+
+
+def test_resume_with_other_data_or_another_script(refuse, toy_args, monkeypatch):
+    args = {"offline_steps": 5, "online_steps": 5}
+    iql.train(iql.Args(**toy_args | args))
+    checkpoint = run_folder(toy_args) / "checkpoint.pt"
+    content = torch.load(checkpoint, weights_only=True)
+    for key, value in {"dataset_id": "D4RL/toy/medium-v2", "script": "jsrl_gated"}.items():
+        assert content[f"--{key}"] in (TOY_ID, "iql_finetune")
+        torch.save(content | {f"--{key}": value}, checkpoint)
+        line = refuse(resume=True, **args)
+        assert key in line and value in line and content[f"--{key}"] in line
 
 
 # ---- losses that are not finite ----

@@ -20,14 +20,17 @@ results: README.md. Our choices:
      noise: the guide's episodes, each left out of the fit, are measured by it too, and its error is in both means. Of
      two fits, with and without IQL's V, the one that leaves the guide's own episodes less variance.
 [D5] Bounds: one-sided t interval of the difference of two means, the larger of own and pooled variance on both. Their
-     confidence is that of one look, and there is one after every episode.
+     confidence is that of one look, and there is one after every episode. Where the noise of an episode is four times
+     the tolerance, an explorer no better than its guide opens one gate in three, as no more than ten results of a trial
+     count: older ones are of another explorer.
 [D6] `level` is confirmed and deployed, but for as long as the mean of all results or of the last four is below the
      guide less the tolerance, the guide is. Training episodes act at `trial`, one step above or the same. A trial is
      confirmed, after three episodes at least, when its lower bound is above the reference less the tolerance; the
-     reference is the best lower bound so far up to that level, or the guide. The next step is then twice as large. It
-     is refuted when its upper bound is below the guide less the tolerance: the next one is smaller, and waits longer
-     each time. The tolerance is a share of the dataset's range of returns: noisy tasks have a wide one. Trials act with
-     the explorer's noise, which is not deployed.
+     reference is the best lower bound so far up to that level, or the guide. It rises with every level that opens;
+     bounds from higher levels do not count below them, for one lucky sample would keep every later trial shut. The next
+     step is then twice as large. It is refuted when its upper bound is below the guide less the tolerance: the next one
+     is smaller, and waits longer each time. The tolerance is a share of the dataset's range of returns: noisy tasks
+     have a wide one. Trials act with the explorer's noise, which is not deployed.
 [D7] The upper bound is the lower one of two: that of the last ten episodes, for a lasting loss amid noise, and that of
      the last four, for a collapse. `level` closes by the same test at half the tolerance: to where the loss, were it in
      proportion to the level, is tolerated. It is compared with the guide, not with the best so far: closing only leads

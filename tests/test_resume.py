@@ -9,6 +9,7 @@ import signal
 import time
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -275,30 +276,52 @@ def test_offline_checkpoint_equals_continuing(toy_args):
     assert_equal_runs(folder, other)
 
 
+class Dying(gym.Wrapper):
+    """An environment that ends the process at its 155th step."""
+
+    steps = 0
+
+    def step(self, action):
+        self.steps += 1
+        if self.steps == 155:
+            raise Crash
+        return self.env.step(action)
+
+
+@pytest.mark.parametrize("candidate", [False, True])
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
-def test_every_script_resumes_online_to_the_same_numbers(script, toy_args, tmp_path, monkeypatch):
+def test_every_script_resumes_online_to_the_same_numbers(script, candidate, toy_args, tmp_path, monkeypatch):
+    if candidate and script.stem != "jsrl_gated":
+        pytest.skip("has none")
     module = importlib.import_module(script.stem)
     args = toy_args | {"online_steps": 240, "save_every": 60}
     args |= {"warmup_steps": 40} if script.stem == "jsrl_gated" else {}  # the gate is to move
+    if candidate:  # a copy of the explorer is tested from the third episode on, and becomes the guide after two
+        end = module.Gate.end
+
+        def proposing(gate, *episode):
+            log = end(gate, *episode)
+            gate.candidate = gate.candidate or len(gate.guide) == 2
+            return log
+
+        monkeypatch.setattr(module.Gate, "end", proposing)
+        monkeypatch.setattr(module.Gate, "judge", lambda gate: int(len(gate.tested) == 2))
     whole = module.train(module.Args(**args | {"run_dir": str(tmp_path / "whole")}))
-    save = module.Run.save
-
-    def crash(self):
-        save(self)
-        if self.progress["online_step"] >= 120:
-            raise Crash
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module.Run, "save", crash)
+    make_env = module.Task.make_env
+    with monkeypatch.context() as patch:  # the evaluation environment is made with an argument
+        patch.setattr(module.Task, "make_env", lambda task, *to: make_env(task, *to) if to else Dying(make_env(task)))
         with pytest.raises(Crash):
             module.train(module.Args(**args))
+    saved = torch.load(next(Path(args["run_dir"]).glob("*/checkpoint.pt")), weights_only=True)["progress"]
+    assert 60 <= saved["online_step"] < 154, "killed within an episode, later than saved"
     resumed = module.train(module.Args(**args | {"resume": True}))
     same = [key for key in whole if key not in ("seconds", "updates_per_second")]
     assert {key: whole[key] for key in same} == {key: resumed[key] for key in same}
     folders = tmp_path / "whole", Path(args["run_dir"])
     one, other = (torch.load(next(folder.glob("*/online.pt")), weights_only=True) for folder in folders)
     if script.stem == "jsrl_gated":
-        assert one["gate"] == other["gate"] and one["gate"]["trial"] and one["gate"]["results"]  # within a trial
+        assert one["gate"] == other["gate"]
+        assert len(one["gate"]["tested"]) >= 2 if candidate else one["gate"]["trial"] and one["gate"]["results"]
     for part in set(one) & {"agent", "explorer", "guide", "learner", "evaluator"}:
         tensors = [key for key, value in one[part].items() if torch.is_tensor(value)]
         assert tensors and all(torch.equal(one[part][key], other[part][key]) for key in tensors)

@@ -154,7 +154,7 @@ EOF
 speed() {
   python - "$@" <<'EOF'
 """Offline updates/s and online environment steps/s of each script, and the share of the machine's own limit."""
-import argparse, contextlib, importlib, io, itertools, json, os, sys, tempfile, time
+import argparse, atexit, contextlib, importlib, io, itertools, json, os, shutil, sys, tempfile, time
 from functools import partial
 from pathlib import Path
 
@@ -225,7 +225,8 @@ def toy_dataset():
     import gymnasium as gym, minari
     from minari.data_collector import EpisodeBuffer
 
-    os.environ["MINARI_DATASETS_PATH"] = tempfile.mkdtemp(prefix="speed-")
+    os.environ["MINARI_DATASETS_PATH"] = folder = tempfile.mkdtemp(prefix="speed-")
+    atexit.register(shutil.rmtree, folder)
     env, buffers, n = gym.make("Hopper-v4"), [], 0
     env.action_space.seed(0)
     while n < 2_000:
@@ -264,8 +265,8 @@ def main():
                 env_id="o2o/hopper/speed-v0", cuda=CUDA, offline_steps=50, online_steps=cli.online_steps,
                 eval_every=10**6, eval_episodes=1, save_every=10**6, compile="compile" in mode, cuda_graph="graph" in mode,
                 matmul_precision=precision)
-            for key in {"warm_start_steps", "warmup_steps"} & vars(args).keys():  # steps before the phase that is timed
-                setattr(args, key, 10)
+            if "warmup_steps" in vars(args):  # before the phase that is timed
+                args.warmup_steps = 10
             domain = args.domain_values["any"] | args.domain_values["locomotion"]
             unset = [key for key in domain if getattr(args, key) is None]
             for key in unset:
@@ -304,7 +305,7 @@ EOF
 [[ ${1:-} == speed ]] && { speed "${@:2}"; exit; }
 WORKERS=$(nproc) DRY_RUN="" SLURM="" SBATCH="--gres=gpu:1 --cpus-per-task=2" EXTRA=()
 preset quick
-[[ " $* " =~ \ --preset[\ =]([a-z]+) ]] && preset "${BASH_REMATCH[1]}" # first, so that other options win over it
+[[ " $* " =~ \ --preset\ ([^ ]+) ]] && preset "${BASH_REMATCH[1]}" # first, so that other options win over it
 while (($#)); do
   case $1 in
     --preset) ;;
@@ -328,6 +329,9 @@ done
 for script in $SCRIPTS; do [[ -v FLAGS[$script] ]] || fail "unknown script $script; there are: ${!FLAGS[*]}"; done
 for number in $OFFLINE_STEPS $ONLINE_STEPS $WORKERS $SEEDS; do
   [[ $number =~ ^[0-9]+$ ]] || fail "$number is not a whole number (steps, workers and seeds are)"
+done
+for number in $OFFLINE_STEPS $ONLINE_STEPS $WORKERS; do
+  ((10#$number > 0)) || fail "steps and workers must be at least 1"
 done
 
 # ---- the lists ----

@@ -11,6 +11,7 @@ incomplete, that differ in settings from the others, that are there twice, or wh
 
 import ast
 import csv
+import hashlib
 import json
 import os
 import shlex
@@ -27,9 +28,10 @@ from scipy import stats
 METRICS = ("offline_score", "final_score", "lowest_score", "drop", "degradation_area", "regret", "steps_to_gain")
 PROTOCOL = ("offline_steps", "online_steps", "utd_ratio", "eval_every", "eval_episodes")  # of all runs in a table
 COLUMNS = ("task", "dataset_id", "script", "seed", *METRICS, *PROTOCOL, "versions", "device", "eval_env", "commit")
-COLUMNS += ("seconds", "updates_per_second", "run", "apart")
-INDIFFERENT = "env_id seed exp_name run_dir dataset offline_checkpoint save_every resume cuda compile cuda_graph track "
-INDIFFERENT = (INDIFFERENT + "wandb_project_name wandb_entity capture_video torch_deterministic").split()
+COLUMNS += ("code", "seconds", "updates_per_second", "run", "apart")
+ABOUT = ["resume", "dataset_id", "script"]  # in args.json, but not to be repeated in a command
+INDIFFERENT = "env_id seed exp_name run_dir dataset offline_checkpoint save_every cuda compile cuda_graph track "
+INDIFFERENT = ABOUT + (INDIFFERENT + "wandb_project_name wandb_entity capture_video torch_deterministic").split()
 PAIRS = [(script, other) for script in ("jsrl_gated", "sft_reset") for other in ("jsrl_gated_open", "iql_finetune")]
 ORDER = ["jsrl_gated", "sft_reset", "cal_ql", "iql_finetune", "jsrl_gated_open"]  # of rows; others after them
 COLORS = dict(zip(ORDER, ("#0072B2", "#D55E00", "#009E73", "#333333", "#56B4E9"), strict=True))
@@ -79,7 +81,7 @@ def command(args: dict, defaults: dict, script: str) -> str:
     """The command that ran it: every value that is not the script's default, those of the task's domain included."""
     words = ["python", script]
     for name, value in args.items():
-        if name == "resume" or value is None or (name in defaults and defaults[name] == value):
+        if name in ABOUT or value is None or (name in defaults and defaults[name] == value):
             continue
         flag = name.replace("_", "-")
         words += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
@@ -95,6 +97,7 @@ def read_runs(folders: tuple[Path, ...]) -> list[dict]:
         versions = {name: number.split("+")[0] for name, number in summary.get("versions", {}).items()}
         row = {key: summary.get(key, args.get(key)) for key in COLUMNS}
         row |= {"task": args["env_id"], "script": args["exp_name"], "run": path.name, "apart": ""}
+        row |= {"code": hashlib.sha1(b"".join(p.read_bytes() for p in path.glob("*.py"))).hexdigest()[:7]}
         row |= {"versions": " ".join(f"{name} {number}" for name, number in versions.items())}
         row |= {"settings": {k: v for k, v in args.items() if k not in INDIFFERENT}, "defaults": defaults}
         row |= {"command": command(args, defaults, script), "scalars": read_scalars(path)}
@@ -200,7 +203,7 @@ def interval(statistic, samples: list[np.ndarray]) -> tuple[float, float, float]
 
 def show(numbers: tuple[float, float, float], digits: int = 1, unit: str = "") -> str:
     value, low, high = (f"{number:.{digits}f}".replace("nan", "-") for number in numbers)
-    value = value.removeprefix("-") if float(value) == 0 else value
+    value = value.removeprefix("-") if value.strip("-0.") == "" and value != "-" else value
     return f"{value}{unit}" if "-" in (low, high) else f"{value}{unit} [{low}, {high}]"
 
 
@@ -260,7 +263,8 @@ def main_table(rows: list[dict], reported: list[dict], every_metric: bool = Fals
     for task, dataset_id, script in unique(kept(rows), "task", "dataset_id", "script"):
         mine = [r for r in kept(rows) if (r["task"], r["dataset_id"], r["script"]) == (task, dataset_id, script)]
         value = {metric: interval(mean, [select(mine, metric)]) for metric in METRICS[:-1]}
-        cells = [label(task, dataset_id), script, len(mine), show(value["offline_score"]), show(value["final_score"])]
+        seeds = f"{len(mine)}{'†' * (len({row['code'] for row in mine}) > 1)}"
+        cells = [label(task, dataset_id), script, seeds, show(value["offline_score"]), show(value["final_score"])]
         if every_metric:
             cells += [f"{iqm(select(mine, 'final_score')):.1f}", show(value["lowest_score"])]
         cells += [show(value["drop"]), show(value["degradation_area"]), show(value["regret"], 2)]
@@ -340,12 +344,13 @@ def offline_table(rows: list[dict], reported: list[dict]) -> str:
     for task, dataset_id in unique(fine, "task", "dataset_id"):
         here = [row for row in fine if (row["task"], row["dataset_id"]) == (task, dataset_id)]
         cells = [label(task, dataset_id), f"{int(float(here[0]['offline_steps'])):,}"]
-        for scripts in (("iql_finetune", "offline"), ("cal_ql",)):
-            seeds = {row["seed"]: row["offline_score"] for script in scripts for row in here if row["script"] == script}
+        iql = [row for row in here if not row["script"].startswith("cal_ql")]
+        for mine in (iql, [row for row in here if row["script"] == "cal_ql"]):
+            seeds = {row["seed"]: row["offline_score"] for row in mine}
             cells.append(f"{show(interval(mean, [np.array(list(seeds.values()))]))} ({len(seeds)})" if seeds else "-")
         for algorithm in ("IQL", "CQL"):
             found = [r for r in reported if (r["task"], r["algorithm"], r["phase"]) == (task, algorithm, "offline")]
-            notes = [f"{r['score']} {r['source'].split(',')[0]}" + "†" * (r["trust"] == "recall") for r in found]
+            notes = [f"{r['score']} {r['source'].split(',')[0]}" + "‡" * (r["trust"] == "recall") for r in found]
             cells.append("; ".join(notes) or "-")
         body.append(cells)
     return table(["task", "offline steps", "IQL (seeds)", "Cal-QL (seeds)", "reported IQL", "reported CQL"], body)
@@ -356,7 +361,7 @@ def reported_table(rows: list[dict], reported: list[dict]) -> str:
     found = [r for r in reported if r["task"] in tasks and r["phase"] == "online"]
     keys = ("task", "reported_on", "algorithm", "offline_score", "online_steps", "score", "std", "seeds", "source")
     return table(
-        [*keys], [[r[key] or "-" for key in keys[:-1]] + [r["source"] + "†" * (r["trust"] == "recall")] for r in found]
+        [*keys], [[r[key] or "-" for key in keys[:-1]] + [r["source"] + "‡" * (r["trust"] == "recall")] for r in found]
     )
 
 
@@ -368,7 +373,9 @@ def apart_list(rows: list[dict]) -> str:
 NOTES = """
 Score: 0 is a random policy, 100 an expert. Values are means over seeds with 95 % stratified-bootstrap intervals.
 STAND-IN: trained on our own stand-in for the official dataset, not comparable with a reported number. Reported: after
-1M offline steps, on the original datasets. Steps to gain: mean over the runs that gained 10 points, and how many did.
+1M offline steps, on the original datasets. Steps to gain: mean over the runs that gained 10 points, and how many did;
+in the ratio of two scripts a run that never gains counts with its whole online phase. †: with more than one version of
+the script (column `code` of per_seed.csv). ‡: from memory, not confirmed.
 """
 
 
@@ -376,18 +383,18 @@ def readme_block(rows: list[dict], reported: list[dict], out: str = "results") -
     """What stands between the README's markers for the folder `out`."""
     n = sum(bool(row["apart"]) for row in rows)
     parts = [protocol(rows), headline_table(rows), main_table(rows, reported), NOTES.strip(), aggregate_table(rows)]
+    parts += [offline_table(rows, reported)]
     parts += [f"{n} runs are listed apart, with the reason, in [{out}/table.md]({out}/table.md)." if n else ""]
     return "\n\n".join(part.strip() for part in [*parts, f"![learning curves]({out}/curves.png)"] if part) + "\n"
 
 
 def all_tables(rows: list[dict], reported: list[dict]) -> str:
     sections = {
-        "Headline": (headline_table(rows) or "No pair measured.\n")
-        + "\nA run that never gains counts with its whole online phase.",
+        "Headline": headline_table(rows) or "No pair measured.\n",
         "Per task": main_table(rows, reported, every_metric=True) + NOTES,
         "Over the tasks that every script has": aggregate_table(rows),
-        "Offline": offline_table(rows, reported) + "\n† from memory, not confirmed.",
-        "Reported online": reported_table(rows, reported) + "\n† from memory, not confirmed.",
+        "Offline": offline_table(rows, reported),
+        "Reported online": reported_table(rows, reported),
         "Listed apart": apart_list(rows),
     }
     return f"# Results\n\n{protocol(rows)}\n\n" + "\n".join(f"## {k}\n\n{v.strip()}\n" for k, v in sections.items())

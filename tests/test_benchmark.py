@@ -167,6 +167,9 @@ def test_two_at_once(bench):
     [
         (["--scripts", "sac"], "unknown script sac; there are: "),
         (["--preset", "huge"], "unknown preset huge"),
+        (["--preset", "FULL"], "unknown preset FULL"),
+        (["--workers", "0"], "at least 1"),
+        (["--online-steps", "0"], "at least 1"),
         (["--wrokers", "2"], "unknown option --wrokers"),
         (["--seeds", "one"], "one is not a whole number"),
         (["--workers"], "--workers needs a value"),

@@ -116,6 +116,23 @@ def test_statistics_over_tasks():
     assert report.show(report.interval(report.mean, [np.array([3.0])])) == "3.0"  # one run: no interval
 
 
+def test_where_neither_script_drops_there_is_no_ratio(tmp_path):
+    for script in ("jsrl_gated", "iql_finetune"):
+        make_run(tmp_path / "runs", script=script, scores=(50, 51, 52))
+    _, text = run_report(tmp_path / "runs", out=tmp_path / "out")
+    assert cells(text, "jsrl_gated", "iql_finetune")[2:6] == ["1", "0.0 → 0.0", "- %", "neither gains"]
+
+
+def test_runs_of_more_than_one_version_of_a_script_are_marked(tmp_path):
+    for seed in (1, 2):
+        path = make_run(tmp_path / "runs", seed=seed)
+    rows, _ = run_report(tmp_path / "runs", out=tmp_path / "one")
+    assert cells(report.main_table(rows, []), "iql_finetune")[2] == "2"
+    (path / "iql_finetune.py").write_text((path / "iql_finetune.py").read_text() + "# changed\n")
+    rows, text = run_report(tmp_path / "runs", out=tmp_path / "two")
+    assert cells(report.main_table(rows, []), "iql_finetune")[2] == "2†" and "†: with more than one version" in text
+
+
 def test_headline(tmp_path):
     """Drops of 1 and 3 against 8 and 8: 75 % less. Gains at 10,000 twice against 10,000 and never (20,000): 1.5x."""
     for seed, drop in ((1, 1), (2, 3)):
@@ -178,10 +195,10 @@ def test_reported_numbers_beside_ours(tmp_path):
     _, text = run_report(tmp_path, out=tmp_path / "out")
     assert cells(text, "pen-cloned", "iql_finetune")[-1] == "84.19 → 102.02 at 1,000,000 (CORL)"
     assert cells(text, "kitchen-mixed", "cal_ql")[-1] == "-"  # what is only remembered is not compared with
-    assert "Cal-QL paper, main table†" in cells(text, "kitchen-mixed", "Cal-QL")[-1]
+    assert "Cal-QL paper, main table‡" in cells(text, "kitchen-mixed", "Cal-QL")[-1]
     offline = cells(text.split("## Offline")[1], "hopper-medium (STAND-IN)")
     assert offline[1:4] == ["100,000", "66.0 (1)", "-"]
-    assert offline[4] == "67.53 CORL; 56.78 JAX-CORL; 66.3 IQL paper†"
+    assert offline[4] == "67.53 CORL; 56.78 JAX-CORL; 66.3 IQL paper‡"
     reported = reported_rows()
     assert {row["trust"] for row in reported} == {"file", "text", "derived", "recall"}
     assert all(row["source"] and row["reported_on"] and float(row["score"]) < 200 for row in reported)

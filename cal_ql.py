@@ -9,7 +9,8 @@ authors' code:
 [D1] The transition that a time-out ends is learned from, if its next observation is known; the authors leave it out of
      the dataset. Kitchen has Minari's rewards, one for a solved subtask, and returns that end with the episode.
 [D2] Locomotion and pointmaze have no published setting: both are ours. Adroit is D4RL's, of dense rewards, with CORL's
-     setting, whose scores stay at the floor there; the paper's has binary rewards.
+     setting, whose scores stay at the floor there, but calibrated online too and without its clip of the gap at -200;
+     the paper's has binary rewards. Kitchen has 256 hidden units, the authors' 512.
 [D3] An online episode that the end of the run cuts short is not learned from; the authors run past that end.
 [D4] Data actions clipped to +-(1 - 1e-5) in every domain.
 """
@@ -76,8 +77,8 @@ class Args:
     save_every: int = 50_000  # steps between checkpoints
     resume: bool = False  # continue the run folder from its checkpoint; starts anew where there is none
     track: bool = False  # also log to Weights & Biases
-    wandb_project_name: str = "cleano2o"
-    wandb_entity: str | None = None
+    wandb_project_name: str = "cleano2o"  # where --track logs to
+    wandb_entity: str | None = None  # user or team there
     capture_video: bool = False  # film the evaluation episodes (needs moviepy)
     compile: bool = False  # torch.compile the losses
     cuda_graph: bool = False  # replay updates as one captured CUDA graph
@@ -88,16 +89,16 @@ class Args:
     gap_min: float = -math.inf  # a state's gap counts as no less; CORL: -200
     # None below: the value of the task's domain.
     critic_layers: int | None = None  # hidden ones
-    actor_layers: int | None = None
+    actor_layers: int | None = None  # hidden ones
     conservative_weight: float | None = None  # alpha in Eq. 5.1, offline and online
     lagrange: bool | None = None  # learn a multiplier of that weight which holds the mean gap at target_gap
     max_target_backup: bool | None = None  # back up the best of n_actions, not just one
     importance_sampling: bool | None = None  # of the log-sum-exp; without it the data's action is in the sum instead
     mixing_ratio: float | None = None  # share of the dataset in online batches
     reward_scale: float | None = None  # r -> scale * r + bias, online too; 0: 1000 / return range of the dataset
-    reward_bias: float | None = None
+    reward_bias: float | None = None  # added to the scaled reward
     normalize_obs: bool | None = None  # by mean and standard deviation of the dataset
-    # Antmaze, kitchen: the authors', who have 512 hidden units in kitchen. Adroit: CORL's. Ours [D2]: locomotion from
+    # Antmaze, kitchen: the authors'. Adroit: CORL's. All but antmaze [D2]. Ours: locomotion from
     # the CQL authors' offline setting, pointmaze from antmaze, whose growing multiplier cost it a third of its success.
     domain_values: ClassVar[dict[str, dict]] = {
         "locomotion": {"critic_layers": 2, "conservative_weight": 5.0, "max_target_backup": False},

@@ -10,6 +10,7 @@ Metrics, results and the sources of the hyper-parameters: README.md. Departures 
 [D2] Constant learning rate: the authors' cosine decay of the actor's is for offline-only runs.
 [D3] Online transitions never push the dataset's out; the authors' buffer of 2M does so after 1M online steps.
 [D4] PyTorch's default initialisation, not orthogonal; data actions clipped to +-(1 - 1e-5), as the other scripts need.
+[D5] Locomotion: online rewards are scaled as the dataset's; the authors scale the dataset's only.
 """
 
 import contextlib
@@ -73,8 +74,8 @@ class Args:
     save_every: int = 50_000  # steps between checkpoints
     resume: bool = False  # continue the run folder from its checkpoint; starts anew where there is none
     track: bool = False  # also log to Weights & Biases
-    wandb_project_name: str = "cleano2o"
-    wandb_entity: str | None = None
+    wandb_project_name: str = "cleano2o"  # where --track logs to
+    wandb_entity: str | None = None  # user or team there
     capture_video: bool = False  # film the evaluation episodes (needs moviepy)
     compile: bool = False  # torch.compile the losses
     cuda_graph: bool = False  # replay updates as one captured CUDA graph
@@ -85,9 +86,9 @@ class Args:
     beta: float | None = None  # inverse temperature in Eq. 7: 0 is behaviour cloning
     dropout: float | None = None  # in the actor
     reward_scale: float | None = None  # r -> scale * r + bias, online too; 0: 1000 / return range of the dataset
-    reward_bias: float | None = None
+    reward_bias: float | None = None  # added to the scaled reward
     normalize_obs: bool | None = None  # by mean and standard deviation of the dataset
-    # Locomotion, kitchen: the authors'. Antmaze, adroit: CORL's, which has the online numbers to compare with.
+    # Locomotion [D5], kitchen: the authors'. Antmaze, adroit: CORL's, which has the online numbers to compare with.
     domain_values: ClassVar[dict[str, dict]] = {
         "locomotion": {"expectile": 0.7, "beta": 3.0, "reward_scale": 0.0},
         "antmaze": {"expectile": 0.9, "beta": 10.0, "reward_bias": -1.0, "normalize_obs": True},

@@ -104,8 +104,8 @@ class Args:
     save_every: int = 50_000  # steps between checkpoints
     resume: bool = False  # continue the run folder from its checkpoint; starts anew where there is none
     track: bool = False  # also log to Weights & Biases
-    wandb_project_name: str = "cleano2o"
-    wandb_entity: str | None = None
+    wandb_project_name: str = "cleano2o"  # where --track logs to
+    wandb_entity: str | None = None  # user or team there
     capture_video: bool = False  # film the evaluation episodes (needs moviepy)
     compile: bool = False  # torch.compile the losses
     cuda_graph: bool = False  # replay updates as one captured CUDA graph
@@ -131,7 +131,7 @@ class Args:
     beta: float | None = None  # inverse temperature in Eq. 7: 0 is behaviour cloning
     dropout: float | None = None  # in the actor
     reward_scale: float | None = None  # r -> scale * r + bias, online too; 0: 1000 / return range of the dataset
-    reward_bias: float | None = None
+    reward_bias: float | None = None  # added to the scaled reward
     normalize_obs: bool | None = None  # by mean and standard deviation of the dataset
     # Locomotion, kitchen: the authors'. Antmaze, adroit: CORL's, which has the online numbers to compare with.
     domain_values: ClassVar[dict[str, dict]] = {

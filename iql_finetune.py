@@ -553,7 +553,7 @@ class Run:
     def __init__(self, args: Args):
         counts = "offline_steps online_steps eval_every eval_episodes save_every utd_ratio batch_size buffer_size"
         counts += " hidden segment_steps window recovery_ratio n_actions critic_layers actor_layers"
-        shares = "tau dropout expectile online_share mixing_ratio confidence replace_confidence"
+        shares = "tau dropout expectile online_share mixing_ratio confidence replace_confidence reset_share"
         rules = (
             (counts, "be at least 1", lambda v: v >= 1),
             (shares, "lie in [0, 1]", lambda v: 0 <= v <= 1),

@@ -39,8 +39,10 @@ Our choices:
      retained policy, as TD3+BC (Fujimoto, Gu 2021) does to the data: less while it is stable and its probes gain, but
      never less than a quarter (hopper's learner falls for good without), more while not.
 [D9] A reset waits until nothing deployed depends on the learner, neither a selection that gains by it nor a proposal.
-     Then it starts from nothing, with more updates a step until its Q is stable again or half of the time to the next
-     reset is over.
+     Then all weights are drawn half of the way to fresh ones (shrink and perturb: Ash, Adams 2020; Schwarzer et al.
+     2023), with more updates a step until the new Q is stable or half of the time to the next reset is over. A
+     halfcheetah learner of 51 was at 44 after 12,000 updates; with wholly fresh weights, the plain reading of the
+     abstract, at 34.
 """
 
 import contextlib
@@ -125,6 +127,7 @@ class Args:
     bound_errors: float = 1.0  # standard errors from an estimate to its lower bound [D7]
     replace_confidence: float = 0.95  # that a learner is better, in whole episodes, before it replaces the pair [D7]
     reset_every: int = 20_000  # environment steps; 0: never [D9]
+    reset_share: float = 0.5  # of fresh weights after a reset; 1 forgets everything
     recovery_ratio: int = 4  # times utd_ratio, from a reset until stable
     # None below: the value of the task's domain.
     expectile: float | None = None  # tau in Eq. 5: 0.5 is SARSA, 1 the maximum over the data's actions
@@ -604,11 +607,13 @@ def within(measured: dict[str, float], limits: dict[str, float], factor: float) 
 
 @torch.no_grad()
 def reset(learner: Explorer) -> None:
-    """Forget everything, in place, so that a captured graph goes on with the new weights [D9]."""
-    for module in [*learner.actor.modules(), *learner.critic.modules()]:
+    """Draw all weights towards fresh ones, in place, so that a captured graph goes on with the new weights [D9]."""
+    fresh = copy.deepcopy(nn.ModuleList([learner.actor, learner.critic]))
+    for module in fresh.modules():
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
-    learner.actor.log_std.fill_(math.log(learner.args.initial_std))
+    fresh[0].log_std.fill_(math.log(learner.args.initial_std))
+    torch._foreach_lerp_(learner.trained, list(fresh.parameters()), learner.args.reset_share)
     torch._foreach_copy_(learner.targets, learner.sources)
     for state in learner.optimizer.state.values():
         torch._foreach_zero_(list(state.values()))
@@ -962,7 +967,7 @@ class Run:
     def __init__(self, args: Args):
         counts = "offline_steps online_steps eval_every eval_episodes save_every utd_ratio batch_size buffer_size"
         counts += " hidden segment_steps window recovery_ratio n_actions critic_layers actor_layers"
-        shares = "tau dropout expectile online_share mixing_ratio confidence replace_confidence"
+        shares = "tau dropout expectile online_share mixing_ratio confidence replace_confidence reset_share"
         rules = (
             (counts, "be at least 1", lambda v: v >= 1),
             (shares, "lie in [0, 1]", lambda v: 0 <= v <= 1),

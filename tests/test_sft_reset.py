@@ -383,8 +383,9 @@ def test_the_retained_pair_is_bit_equal_after_updates_and_resets():
     assert not any(torch.equal(p, q) for p, q in zip(before[-4:], list(learner.parameters())[-4:], strict=True))
 
 
-def test_reset_is_in_place_and_complete():
-    _, learner, evaluator, buffer = make()
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_reset_is_in_place_and_complete(share):
+    _, learner, evaluator, buffer = make(reset_share=share)
     train_a_little(learner, evaluator, buffer)
     state = [v for s in learner.optimizer.state.values() for v in s.values()]
     tensors = [*learner.parameters(), *state]
@@ -394,7 +395,10 @@ def test_reset_is_in_place_and_complete():
     again = [*learner.parameters(), *(v for s in learner.optimizer.state.values() for v in s.values())]
     assert [t.data_ptr() for t in again] == addresses
     assert not any(v.any() for v in state)
-    assert not any(torch.equal(p, q) for p, q in zip(before, learner.actor.parameters(), strict=True))
+    after = list(learner.actor.parameters())
+    assert not any(torch.equal(p, q) for p, q in zip(before, after, strict=True))
+    kept = torch.corrcoef(torch.stack([before[3].ravel(), after[3].ravel()]))[0, 1]  # of the hidden layer's 64 weights
+    assert (kept > 0.5) if share < 1 else abs(kept) < 0.4
     assert all(torch.equal(p, q) for p, q in zip(learner.sources, learner.targets, strict=True))
     learner.update(buffer.sample(16, 0.5))  # Adam begins anew: its first step is the learning rate long
     assert max(v.max() for v in (s["step"] for s in learner.optimizer.state.values())) == 1

@@ -22,7 +22,7 @@ declare -A FLAGS=( # variant -> flags beside its script's defaults; script:word 
   [jsrl_gated]="" [jsrl_gated:open]="--gate open --anchor-open 0" [jsrl_gated:no_gate]="--gate open"
   [jsrl_gated:curriculum]="--gate curriculum" [jsrl_gated:random]="--gate random" [jsrl_gated:no_promote]="--no-promote"
   [sft_reset]="" [sft_reset:online]="--evaluator online" [sft_reset:offline]="--evaluator offline"
-  [sft_reset:noreset]="--reset-every 0"
+  [sft_reset:noreset]="--reset-every 0" [sft_reset:forget]="--reset-share 1"
   [cal_ql]="" [cal_ql:no_calibrate]="--no-calibrate"
 )
 
@@ -36,7 +36,7 @@ preset() {
         antmaze-{medium,large}-{play,diverse} {pen,door,hammer,relocate}-{human,cloned} kitchen-{complete,partial,mixed})
       SCRIPTS="cal_ql cal_ql:no_calibrate jsrl_gated jsrl_gated:open jsrl_gated:no_gate jsrl_gated:curriculum"
       SCRIPTS+=" jsrl_gated:random jsrl_gated:no_promote sft_reset sft_reset:online sft_reset:offline"
-      SCRIPTS+=" sft_reset:noreset iql_finetune iql_finetune:mixed"
+      SCRIPTS+=" sft_reset:noreset sft_reset:forget iql_finetune iql_finetune:mixed"
       SEEDS="1 2 3 4 5" OFFLINE_STEPS=1000000 ONLINE_STEPS=1000000 ;;
     *) fail "unknown preset $1; there are quick and full" ;;
   esac

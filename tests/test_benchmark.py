@@ -107,7 +107,7 @@ def test_every_listed_flag_is_one_of_its_script(bench):
     """All variants of the full preset, checked against the fields of the scripts' Args."""
     _, output = bench("--preset", "full", "--dry-run")
     lines = output.splitlines()
-    assert len(lines) == 26 * 5 * (1 + 14) and len(set(lines)) == len(lines)
+    assert len(lines) == 26 * 5 * (1 + 15) and len(set(lines)) == len(lines)
     for line in [line for line in lines if "hopper-medium " in line and "--seed 1 " in line]:
         _, script, *words = line.split()
         source = (ROOT / script).read_text() if (ROOT / script).exists() else None

@@ -154,16 +154,16 @@ def test_after_selections_that_lost_the_retained_policy_acts_alone_until_they_ar
     assert evaluator.margins == [0.0, 0.0]  # five windows of four later
 
 
-def test_what_is_deployed_selects_only_where_selections_are_known_to_gain():
-    _, learner, evaluator, _ = make(bound_errors=1e9)
+@pytest.mark.parametrize("name, deployed", [("frozen-until-stable", 0), ("offline", 0), ("online", 1)])
+def test_what_is_deployed_is_the_retained_policy_if_any_is_retained(name, deployed):
+    _, learner, evaluator, _ = make(bound_errors=1e9, evaluator=name)
     learner.actor.net[-1].bias.data += 1.0
-    obs, known = np.ones(OBS, np.float32), [row(**CONTROL)] * 4 + [row(gain=1.0)] * 4
+    obs = np.ones(OBS, np.float32)
     actions, gains = evaluator.propose(learner, obs)
-    for selected, trusted in (([], False), ([1.0, -1.0] * 2, False), ([1.0, 0.9] * 2, True)):
-        judged(evaluator, learner, known + [row(gain=gain, probe=False) for gain in selected])
-        evaluator.margins = [min(gains[:2]) - 1] * 2  # in training the learner would be selected
-        assert evaluator.turn(gains) == 1 and evaluator.trusted == trusted
-        assert (evaluator.act(learner, obs) == actions[int(trusted)]).all()
+    judged(evaluator, learner, [row(**CONTROL)] * 4 + [row(gain=1.0)] * 4 + [row(gain=1.0, probe=False)] * 4)
+    evaluator.margins = [min(gains[:2]) - 1] * 2
+    assert evaluator.turn(gains) == 1, "in training the learner is selected"
+    assert (actions[0] != actions[1]).all() and (evaluator.act(learner, obs) == actions[deployed]).all()
 
 
 def test_the_learner_is_let_go_while_stable_and_gaining_and_held_otherwise():
@@ -291,23 +291,20 @@ def test_end_segment_keeps_gain_errors_and_promises():
 
 
 @pytest.mark.parametrize(
-    ("learner_value", "gain", "deployed", "stable", "proposed"),
+    ("learner_value", "gain", "stable", "proposed"),
     [
-        ((11.0, 0.4), 1.0, None, True, True),
-        ((11.0, 0.5), 1.0, None, True, False),  # lower bound 10: a tie goes to the retained pair
-        ((11.0, 0.6), 1.0, None, True, False),
-        ((11.0, 0.4), 1.0, 0.5, True, True),
-        ((11.0, 0.4), 1.0, 1.5, True, False),  # what is deployed gains more than the learner alone
-        ((11.0, 0.4), -1.0, None, True, False),
-        ((11.0, 0.4), 1.0, None, False, False),
+        ((11.0, 0.4), 1.0, True, True),
+        ((11.0, 0.5), 1.0, True, False),  # lower bound 10: a tie goes to the retained pair
+        ((11.0, 0.6), 1.0, True, False),
+        ((11.0, 0.4), -1.0, True, False),
+        ((11.0, 0.4), 1.0, False, False),
     ],
 )
-def test_proposed_only_with_the_lower_bound_above(monkeypatch, learner_value, gain, deployed, stable, proposed):
+def test_proposed_only_with_the_lower_bound_above(monkeypatch, learner_value, gain, stable, proposed):
     _, learner, evaluator, _ = make(bound_errors=2.0, **LIMITS)
     answers = iter([(10.0, 0.1), learner_value])  # of the retained pair first
     monkeypatch.setattr("sft_reset.combine", lambda _: next(answers))
     records = [row(**CONTROL)] * 4 + [row(gain=gain, error=0.0 if stable else 9 * evaluator.scale)] * 4
-    records += [row(gain=deployed, probe=False)] * 4 if deployed is not None else []
     learner.actor.net[-1].bias.data += 1.0
     judged(evaluator, learner, records)
     assert evaluator.proving == proposed and evaluator.replaced == 0
@@ -404,26 +401,23 @@ def test_reset_is_in_place_and_complete(share):
     assert max(v.max() for v in (s["step"] for s in learner.optimizer.state.values())) == 1
 
 
-def test_a_reset_waits_until_nothing_deployed_depends_on_the_learner():
+def test_a_reset_waits_until_an_open_proposal_is_decided():
     _, learner, evaluator, _ = make(reset_every=10, bound_errors=1e9, **LIMITS)
     good = [row(**CONTROL)] * 4 + [row(gain=1.0)] * 4
     judged(evaluator, learner, good, step=9)
     assert evaluator.resets == 0 and evaluator.stable
-    judged(evaluator, learner, good + [row(gain=0.5, probe=False)] * 4, step=10)
-    assert evaluator.resets == 0  # due, but what is deployed gains by the learner
-    relapsed = good[:4] + [row(error=9 * evaluator.scale)] * 4  # the retained policy acts
     evaluator.proving = True
-    judged(evaluator, learner, relapsed, step=15)
-    assert evaluator.resets == 0  # a proposal of the learner is still open
+    judged(evaluator, learner, good, step=15)
+    assert evaluator.resets == 0  # due
     evaluator.proving = False
-    judged(evaluator, learner, relapsed, step=15)
+    judged(evaluator, learner, good, step=15)
     assert (evaluator.resets, evaluator.last_reset) == (1, 15)
     assert evaluator.recovering and not evaluator.stable and evaluator.margins == [math.inf] * 2
     assert evaluator.records == good[:4] and evaluator.values == []  # nothing of the old learner is left
     judged(evaluator, learner, good, step=16)
     assert evaluator.stable and not evaluator.recovering
-    judged(evaluator, learner, [*good, row(gain=-0.5, probe=False)], step=25)
-    assert evaluator.resets == 2  # stable, but it gains nothing
+    judged(evaluator, learner, good, step=25)
+    assert evaluator.resets == 2
 
 
 def test_recovery_ends_even_if_the_new_q_is_never_stable():

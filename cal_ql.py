@@ -645,7 +645,8 @@ class Run:
                     fail(f"--{name.replace('_', '-')} is {value}; it must {rule}")
         for flag, package in {"track": "wandb", "capture_video": "moviepy"}.items():
             try:
-                _ = getattr(args, flag) and importlib.import_module(package)
+                if getattr(args, flag):
+                    importlib.import_module(package)
             except ImportError:
                 fail(f"--{flag.replace('_', '-')} needs {package}, which is not installed: pip install {package}")
         if (args.cuda or args.cuda_graph) and not torch.cuda.is_available():

@@ -202,8 +202,8 @@ def interval(statistic, samples: list[np.ndarray]) -> tuple[float, float, float]
 
 
 def show(numbers: tuple[float, float, float], digits: int = 1, unit: str = "") -> str:
-    value, low, high = (f"{number:.{digits}f}".replace("nan", "-") for number in numbers)
-    value = value.removeprefix("-") if value.strip("-0.") == "" and value != "-" else value
+    rounded = (round(number, digits) + 0.0 for number in numbers)  # + 0.0: no minus before a zero
+    value, low, high = (f"{number:.{digits}f}".replace("nan", "-") for number in rounded)
     return f"{value}{unit}" if "-" in (low, high) else f"{value}{unit} [{low}, {high}]"
 
 

@@ -766,8 +766,8 @@ class Evaluator(nn.Module):
             self.margins = [float(max(excess, 0.0) + math.hypot(error, doubts)) for excess, error in errors]
         if min(len(controls), len(selected)) >= enough:
             obtained, error = ratio(net[selected], weight[selected])
-            error = math.hypot(error, doubt)
-            self.margins = [math.inf, math.inf] if obtained < -error else self.margins
+            if obtained < -math.hypot(error, doubt):
+                self.margins = [math.inf, math.inf]
 
         # Let the learner go while its probes gain, hold it where they lose or surprise [D8]
         gaining = min(len(controls), len(probes)) >= enough and net[probes[-enough:]].sum() > 0
@@ -981,7 +981,8 @@ class Run:
                     fail(f"--{name.replace('_', '-')} is {value}; it must {rule}")
         for flag, package in {"track": "wandb", "capture_video": "moviepy"}.items():
             try:
-                _ = getattr(args, flag) and importlib.import_module(package)
+                if getattr(args, flag):
+                    importlib.import_module(package)
             except ImportError:
                 fail(f"--{flag.replace('_', '-')} needs {package}, which is not installed: pip install {package}")
         if (args.cuda or args.cuda_graph) and not torch.cuda.is_available():

@@ -16,6 +16,7 @@
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
+export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1} # huge pages: a tenth faster on a CPU, the same bits
 
 declare -A FLAGS=( # variant -> flags beside its script's defaults; script:word runs under the name script_word
   [iql_finetune]="" [iql_finetune:mixed]="--online-share 0.5"

@@ -375,7 +375,8 @@ class ReplayBuffer:
 
 def mlp(n_in: int, hidden: int, n_out: int, dropout: float = 0.0) -> nn.Sequential:
     drop = [nn.Dropout(dropout)] if dropout else []
-    hiddens = [nn.Linear(n_in, hidden), nn.ReLU(), *drop, nn.Linear(hidden, hidden), nn.ReLU(), *drop]
+    relu = nn.ReLU(inplace=True)
+    hiddens = [nn.Linear(n_in, hidden), relu, *drop, nn.Linear(hidden, hidden), relu, *drop]
     return nn.Sequential(*hiddens, nn.Linear(hidden, n_out))
 
 

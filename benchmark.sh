@@ -171,7 +171,12 @@ cli.add_argument("--modes", default="eager compile graph compile+graph", help="g
 cli.add_argument("--precisions", default="highest medium", help="--matmul-precision; highest is float32")
 cli.add_argument("--seconds", type=float, default=5, help="of each offline measurement")
 cli.add_argument("--online-steps", type=int, default=1500, help="of each online measurement, the last two thirds timed")
-cli = cli.parse_args()
+known = cli.parse_args([])
+parser, cli = cli, cli.parse_args()
+for option in ("scripts", "modes", "precisions"):
+    unknown = set(getattr(cli, option).split()) - set(getattr(known, option).split())
+    if unknown:
+        parser.error(f"--{option}: unknown {' '.join(sorted(unknown))}; there are: {getattr(known, option)}")
 sys.path.insert(0, os.getcwd())
 OBS, ACTION, N = 11, 3, 100_000  # hopper's sizes
 CUDA = torch.cuda.is_available()

@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -178,3 +179,11 @@ def test_two_at_once(bench):
 def test_bad_usage(bench, args, message):
     code, output = bench(*args)
     assert code == 2 and output.startswith(f"error: {message}") and output.count("\n") == 1
+
+
+@pytest.mark.parametrize("option, word", [("modes", "eager,compile"), ("scripts", "sac"), ("precisions", "low")])
+def test_speed_refuses_what_it_does_not_know(option, word):
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    command = ["./benchmark.sh", "speed", f"--{option}", word]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PATH": path}, capture_output=True, text=True)
+    assert done.returncode == 2 and f"--{option}: unknown {word}; there are: " in done.stderr.splitlines()[-1]

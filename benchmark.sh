@@ -157,26 +157,25 @@ speed() {
 """Offline updates/s and online environment steps/s of each script, and the share of the machine's own limit."""
 import argparse, atexit, contextlib, importlib, io, itertools, json, os, shutil, sys, tempfile, time
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-cli = argparse.ArgumentParser("benchmark.sh speed", description=__doc__)
-cli.add_argument("--json", action="store_true", help="one JSON list instead of a table")
-cli.add_argument("--scripts", default="iql_finetune jsrl_gated sft_reset cal_ql")
-cli.add_argument("--threads", default="1 2", help="of PyTorch on the CPU")
-cli.add_argument("--modes", default="eager compile graph compile+graph", help="graph: with CUDA only")
-cli.add_argument("--precisions", default="highest medium", help="--matmul-precision; highest is float32")
-cli.add_argument("--seconds", type=float, default=5, help="of each offline measurement")
-cli.add_argument("--online-steps", type=int, default=1500, help="of each online measurement, the last two thirds timed")
-known = cli.parse_args([])
-parser, cli = cli, cli.parse_args()
-for option in ("scripts", "modes", "precisions"):
-    unknown = set(getattr(cli, option).split()) - set(getattr(known, option).split())
-    if unknown:
-        parser.error(f"--{option}: unknown {' '.join(sorted(unknown))}; there are: {getattr(known, option)}")
+KNOWN = {"scripts": "iql_finetune jsrl_gated sft_reset cal_ql", "modes": "eager compile graph compile+graph",
+         "precisions": "highest high medium"}
+parser = argparse.ArgumentParser("benchmark.sh speed", description=__doc__)
+parser.add_argument("--json", action="store_true", help="one JSON list instead of a table")
+parser.add_argument("--scripts", default=KNOWN["scripts"])
+parser.add_argument("--threads", default="1 2", help="of PyTorch on the CPU")
+parser.add_argument("--modes", default=KNOWN["modes"], help="graph: with CUDA only")
+parser.add_argument("--precisions", default="highest medium", help="--matmul-precision; highest is float32")
+parser.add_argument("--seconds", type=float, default=5, help="of each offline measurement")
+parser.add_argument("--online-steps", type=int, default=1500, help="of each online measurement, the last two thirds timed")
+cli = parser.parse_args()
+for option, known in KNOWN.items():
+    if unknown := set(getattr(cli, option).split()) - set(known.split()):
+        parser.error(f"--{option}: unknown {' '.join(sorted(unknown))}; there are: {known}")
 sys.path.insert(0, os.getcwd())
 OBS, ACTION, N = 11, 3, 100_000  # hopper's sizes
 CUDA = torch.cuda.is_available()
@@ -257,7 +256,6 @@ def main():
     toy_dataset()
     rows = []
     modes = [mode for mode in cli.modes.split() if CUDA or "graph" not in mode]
-    names = [name for name in cli.scripts.split() if Path(f"{name}.py").exists()]
     threads = [1] if CUDA else [int(n) for n in cli.threads.split()]
     for n, precision in itertools.product(threads, cli.precisions.split()):
         os.environ["OMP_NUM_THREADS"] = str(n)
@@ -265,7 +263,7 @@ def main():
         torch.set_float32_matmul_precision(precision)
         a, b = (torch.randn(256, 256, device=DEVICE) for _ in range(2))
         limit = 2 * 256**3 * rate(lambda: [a @ b for _ in range(50)], 50, min(cli.seconds, 2))
-        for name, mode in itertools.product(names, modes):
+        for name, mode in itertools.product(cli.scripts.split(), modes):
             script = importlib.import_module(name)
             args = script.Args(
                 env_id="o2o/hopper/speed-v0", cuda=CUDA, offline_steps=50, online_steps=cli.online_steps,

@@ -401,7 +401,7 @@ class TanhGaussianActor(nn.Module):
             linear = nn.Linear(sizes[i], sizes[i + 1])
             linear.weight.data = orthogonal(*sizes[i : i + 2], output=i == layers).T.contiguous()
             linear.bias.data.zero_()
-            self.net.extend([linear] if i == layers else [linear, nn.ReLU()])
+            self.net.extend([linear] if i == layers else [linear, nn.ReLU(inplace=True)])
         self.log_std_scale, self.log_std_shift = nn.Parameter(torch.ones(())), nn.Parameter(-torch.ones(()))
 
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,10 +2,11 @@
 
     python report.py runs/quick                       # writes results/
     python report.py runs/quick --readme README.md    # also puts the tables between the README's markers
+    python report.py runs/new results                 # adds runs to an earlier report, whose run folders may be gone
 
-Every table is made from results/per_seed.csv alone; the curves from the runs' TensorBoard files. Means, interquartile
-means (IQM) and 95 % percentile intervals from a stratified bootstrap (runs drawn anew within each task), as Agarwal et
-al. 2021, "Deep RL at the Edge of the Statistical Precipice", by scipy. Never averaged, but listed apart: runs that are
+Every table is made from results/per_seed.csv alone, the figures from results/curves.csv. Means, interquartile means
+(IQM) and 95 % percentile intervals from a stratified bootstrap (runs drawn anew within each task), as Agarwal et al.
+2021, "Deep RL at the Edge of the Statistical Precipice", by scipy. Never averaged, but listed apart: runs that are
 incomplete, that differ in settings from the others, that are there twice, or whose curve contradicts their summary.
 """
 
@@ -16,7 +17,7 @@ import json
 import os
 import shlex
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -30,8 +31,12 @@ PROTOCOL = ("offline_steps", "online_steps", "utd_ratio", "eval_every", "eval_ep
 COLUMNS = ("task", "dataset_id", "script", "seed", *METRICS, *PROTOCOL, "versions", "device", "eval_env", "commit")
 COLUMNS += ("code", "seconds", "updates_per_second", "run", "apart")
 ABOUT = ["resume", "dataset_id", "script"]  # in args.json, but not to be repeated in a command
+RESETS = "evaluator/resets"
+HELD = ("gate/deployed", RESETS)  # logged now and then; keep their value in between
+CURVES = ("online/normalized_score", "online/learner_score", *HELD)  # what the figures are drawn from
 INDIFFERENT = "env_id seed exp_name run_dir dataset offline_checkpoint save_every cuda compile cuda_graph track "
 INDIFFERENT = ABOUT + (INDIFFERENT + "wandb_project_name wandb_entity capture_video torch_deterministic").split()
+UNUSABLE = ("incomplete", "its learning curve and its summary.json disagree")  # why a run alone is set apart
 PAIRS = [(script, other) for script in ("jsrl_gated", "sft_reset") for other in ("jsrl_gated_open", "iql_finetune")]
 ORDER = ["jsrl_gated", "sft_reset", "cal_ql", "iql_finetune", "jsrl_gated_open"]  # of rows; others after them
 COLORS = dict(zip(ORDER, ("#0072B2", "#D55E00", "#009E73", "#333333", "#56B4E9"), strict=True))
@@ -42,7 +47,7 @@ REPORTED_AS |= {"jsrl_gated_random": "JSRL random"}
 
 @dataclass
 class Args:
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]  # folders of run folders
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]  # folders of run folders, or of an earlier report
     out: Path = Path("results")  # where tables, plots and per-seed values go
     reported: Path = Path(__file__).resolve().parent / "results" / "reported.csv"  # published numbers
     readme: Path | None = None  # file to update between its markers
@@ -89,7 +94,7 @@ def command(args: dict, defaults: dict, script: str) -> str:
 
 
 def read_runs(folders: tuple[Path, ...]) -> list[dict]:
-    """One dict a run: COLUMNS, and scalars, settings, defaults and command for what is not in the CSV."""
+    """One dict a run: COLUMNS, and scalars, settings, the names of those that are the domain's, and command."""
     rows = []
     for path in sorted(path.parent for folder in folders for path in folder.glob("*/args.json")):
         args, defaults, script = read_args(path)
@@ -99,18 +104,35 @@ def read_runs(folders: tuple[Path, ...]) -> list[dict]:
         row |= {"task": args["env_id"], "script": args["exp_name"], "run": path.name, "apart": ""}
         row |= {"code": hashlib.sha1(b"".join(p.read_bytes() for p in path.glob("*.py"))).hexdigest()[:7]}
         row |= {"versions": " ".join(f"{name} {number}" for name, number in versions.items())}
-        row |= {"settings": {k: v for k, v in args.items() if k not in INDIFFERENT}, "defaults": defaults}
+        row["settings"] = {k: v for k, v in args.items() if k not in INDIFFERENT}
+        row["domain"] = [k for k in row["settings"] if defaults.get(k) is None]
         row |= {"command": command(args, defaults, script), "scalars": read_scalars(path)}
-        scores = row["scores"] = row["scalars"].get("online/normalized_score", np.zeros((0, 2)))
+        scores = row["scalars"].get("online/normalized_score", np.zeros((0, 2)))
         if not summary:
             step = f"{scores[-1, 0]:.0f} of {args['online_steps']} online steps" if len(scores) else "offline phase"
-            row["apart"] = f"incomplete: {step}"
+            row["apart"] = f"{UNUSABLE[0]}: {step}"
         elif (
             not len(scores)
             or abs(scores[-1, 1] - row["final_score"]) + abs(scores[:, 1].min() - row["lowest_score"]) > 0.01
         ):
-            row["apart"] = "its learning curve and its summary.json disagree"
+            row["apart"] = UNUSABLE[1]
         rows.append(row)
+    return rows
+
+
+def read_report(folder: Path) -> list[dict]:
+    """The rows of an earlier report as `read_runs` gives them, but of the scalars only what figures are drawn from."""
+    curves, settings = defaultdict(lambda: defaultdict(list)), json.loads((folder / "settings.json").read_text())
+    with open(folder / "curves.csv", newline="") as file:
+        for point in csv.DictReader(file):
+            curves[point["run"]][point["tag"]].append((float(point["step"]), float(point["value"])))
+    with open(folder / "per_seed.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    commands = (folder / "commands.txt").read_text().splitlines()
+    for row, row["command"] in zip(rows, commands, strict=True):
+        row |= {key: int(row[key]) for key in PROTOCOL} | settings[row["run"]]
+        row["seed"], row["scalars"] = int(row["seed"]), {k: np.array(v) for k, v in curves[row["run"]].items()}
+        row["apart"] = row["apart"] if row["apart"].startswith(UNUSABLE) else ""  # the rest is judged anew
     return rows
 
 
@@ -143,7 +165,7 @@ def set_apart(rows: list[dict]) -> None:
             check(part, lambda row: {key: row[key] for key in (*PROTOCOL, "versions")})
     # A default of None is the domain's to fill: such a value may differ between tasks, but not within one.
     for same in groups("script"):
-        check(same, lambda row: {k: v for k, v in row["settings"].items() if row["defaults"].get(k) is not None})
+        check(same, lambda row: {k: v for k, v in row["settings"].items() if k not in row["domain"]})
     for same in groups("task", "dataset_id", "script"):
         check(same, lambda row: row["settings"] | {"eval_env": row["eval_env"]})
 
@@ -153,6 +175,19 @@ def write_csv(rows: list[dict], path: Path) -> None:
         writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def write_curves(rows: list[dict], path: Path) -> None:
+    """What the figures are drawn from; of a value that is held, only where it changes."""
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("run", "tag", "step", "value"))
+        for row in rows:
+            for tag in (tag for tag in CURVES if tag in row["scalars"]):
+                curve = row["scalars"][tag]
+                if tag in HELD:
+                    curve = curve[np.diff(curve[:, 1], prepend=np.nan) != 0]
+                writer.writerows((row["run"], tag, f"{step:.0f}", f"{value:.6g}") for step, value in curve)
 
 
 def read_csv(path: Path) -> list[dict]:
@@ -410,9 +445,6 @@ def update_readme(path: Path, block: str, out: str) -> None:
 
 
 # ---- curves ----
-RESETS = "evaluator/resets"
-
-
 def on_grid(rows: list[dict], tag: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps that all rows have a value of `tag` at, and the values there, (runs, steps)."""
     curves = [row["scalars"][tag] for row in rows if tag in row["scalars"]]
@@ -435,7 +467,7 @@ def draw_task(axes, rows: list[dict], color: dict[str, str]) -> None:
     """One task: scores in the first of `axes`; in the second, if there is one, the share of an episode that the
     explorer gets where deployed, and the resets."""
     top, lowest = axes[0], axes[-1]
-    length = max(row["scores"][-1, 0] for row in rows)
+    length = max(row["scalars"]["online/normalized_score"][-1, 0] for row in rows)
     grid = np.linspace(0, length, 200)
     for script in color:
         mine = [row for row in rows if row["script"] == script]
@@ -460,7 +492,7 @@ def draw_task(axes, rows: list[dict], color: dict[str, str]) -> None:
     starts = {}  # color -> offline scores
     for row in rows:
         own = row["script"].startswith("cal_ql")  # has an offline phase of its own, the others share theirs
-        starts.setdefault(color[row["script"]] if own else "black", []).append(row["scores"][0, 1])
+        starts.setdefault(color[row["script"]] if own else "black", []).append(float(row["offline_score"]))
     for line, values in starts.items():
         top.axhline(np.mean(values), color=line, ls="--", lw=1)
     top.set_title(label(rows[0]["task"], rows[0]["dataset_id"]), fontsize=10)
@@ -517,11 +549,19 @@ def fail(message: str) -> None:
 
 def main(args: Args) -> None:
     found = read_runs(args.runs)
+    there = {row["run"] for row in found}  # a run folder takes the place of what was reported of it
+    for folder in args.runs:
+        if (folder / "per_seed.csv").exists():
+            found += [row for row in read_report(folder) if row["run"] not in there]
     if not found:
         fail(f"no run folders in {', '.join(map(str, args.runs))}; give what was --run-dir")
+    found.sort(key=lambda row: (row["task"], row["script"], row["seed"]))
     set_apart(found)
     args.out.mkdir(parents=True, exist_ok=True)
     write_csv(found, args.out / "per_seed.csv")
+    write_curves(found, args.out / "curves.csv")
+    kept_settings = {row["run"]: {key: row[key] for key in ("settings", "domain")} for row in found}
+    (args.out / "settings.json").write_text(json.dumps(kept_settings, indent=1) + "\n")
     (args.out / "commands.txt").write_text("".join(f"{row['command']}\n" for row in found))
     rows = read_csv(args.out / "per_seed.csv")
     with open(args.reported, newline="") as file:
@@ -530,7 +570,7 @@ def main(args: Args) -> None:
     if args.readme:
         out = os.path.relpath(args.out, args.readme.parent)
         update_readme(args.readme, readme_block(rows, reported, out), out)
-    drawn = kept(found)
+    drawn = [row for row in kept(found) if "online/normalized_score" in row["scalars"]]
     if drawn:
         draw(drawn, args.out / "curves.png")
     for task, dataset_id in unique(drawn, "task", "dataset_id"):

@@ -252,6 +252,27 @@ def test_readme_is_updated_between_its_markers(tmp_path):
     assert error.value.code == 2 and readme.read_text() == "no markers"
 
 
+def test_runs_are_added_to_an_earlier_report(tmp_path):
+    """Two reports, the second with the first for its earlier runs, give what one report of all run folders gives."""
+    for seed in (1, 2):
+        make_run(tmp_path / "old", seed=seed, scalars={"gate/deployed": [(0, 0.0), (10, 0.0), (20, 0.2)]})
+    make_run(tmp_path / "old", seed=3, complete=False)
+    make_run(tmp_path / "old", seed=4, tolerance=9.0)  # the odd one, until there are more of its kind
+    for seed in (5, 6, 7):
+        make_run(tmp_path / "new", seed=seed, tolerance=9.0, scores=(51, 49, 47))
+    run_report(tmp_path / "old", out=tmp_path / "first")
+    assert (tmp_path / "first/curves.csv").read_text().count("gate/deployed") == 2 * 2, "held values: their changes"
+    run_report(tmp_path / "old", tmp_path / "new", out=tmp_path / "at_once")
+    rows, _ = run_report(tmp_path / "new", tmp_path / "first", out=tmp_path / "first")
+    assert [row["seed"] for row in rows if not row["apart"]] == ["4", "5", "6", "7"]
+    for name in ("per_seed.csv", "curves.csv", "settings.json", "commands.txt", "table.md"):
+        assert (tmp_path / "first" / name).read_text() == (tmp_path / "at_once" / name).read_text(), name
+
+    make_run(tmp_path / "again", seed=3, scores=(70, 70, 70), tolerance=9.0)  # the one that was incomplete
+    rows, _ = run_report(tmp_path / "again", tmp_path / "first", out=tmp_path / "first")
+    assert [row["final_score"] for row in rows if row["seed"] == "3"] == [70] and len(rows) == 7
+
+
 def test_no_run_folders(tmp_path, capsys):
     with pytest.raises(SystemExit) as error:
         run_report(tmp_path, out=tmp_path / "out")
@@ -278,3 +299,7 @@ def test_curves(tmp_path):
     run_report(tmp_path / "runs", out=tmp_path / "out")
     pictures = sorted(path.name for path in (tmp_path / "out").glob("*.png"))
     assert pictures == ["curves.png", "curves_hopper-medium.png", "curves_walker2d-medium.png"]
+
+    run_report(tmp_path / "out", out=tmp_path / "from_report")
+    for name in pictures:
+        assert (tmp_path / "from_report" / name).read_bytes() == (tmp_path / "out" / name).read_bytes(), name

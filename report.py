@@ -552,7 +552,10 @@ def main(args: Args) -> None:
     there = {row["run"] for row in found}  # a run folder takes the place of what was reported of it
     for folder in args.runs:
         if (folder / "per_seed.csv").exists():
-            found += [row for row in read_report(folder) if row["run"] not in there]
+            try:
+                found += [row for row in read_report(folder) if row["run"] not in there]
+            except (OSError, LookupError, ValueError) as error:
+                fail(f"cannot read the report in {folder} ({error!r}); give the run folders, or restore it from git")
     if not found:
         fail(f"no run folders in {', '.join(map(str, args.runs))}; give what was --run-dir")
     found.sort(key=lambda row: (row["task"], row["script"], row["seed"]))

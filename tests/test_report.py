@@ -279,6 +279,21 @@ def test_no_run_folders(tmp_path, capsys):
     assert error.value.code == 2 and "no run folders" in capsys.readouterr().err
 
 
+DAMAGE = [("curves.csv", None), ("settings.json", None), ("settings.json", ""), ("settings.json", "{}")]
+
+
+@pytest.mark.parametrize(("name", "text"), [*DAMAGE, ("commands.txt", "one\ntoo many\n")])
+def test_a_damaged_report_is_one_clear_line_and_stays_as_it_is(tmp_path, capsys, name, text):
+    make_run(tmp_path / "runs")
+    run_report(tmp_path / "runs", out=tmp_path / "out")
+    (tmp_path / "out" / name).unlink() if text is None else (tmp_path / "out" / name).write_text(text)
+    before = (tmp_path / "out/per_seed.csv").read_text()
+    with pytest.raises(SystemExit) as error:
+        run_report(tmp_path / "out", out=tmp_path / "out")
+    assert error.value.code == 2 and "cannot read the report in" in capsys.readouterr().err
+    assert (tmp_path / "out/per_seed.csv").read_text() == before
+
+
 @pytest.mark.parametrize("path", sorted(ROOT.glob("results/**/per_seed.csv")), ids=lambda path: path.parent.name)
 def test_readme_and_tables_equal_the_results(path):
     """What README.md and a table.md show is what the per_seed.csv beside it gives."""

@@ -24,8 +24,8 @@ Our choices:
      [D7]: gains are measured by values that discount by 0.99 and miss what ends an episode, so that deployed selections
      known to gain lost hopper 45 points and walker2d 10.
 [D5] Stable is a new Q whose TD error, drift at fixed states and error of k-step returns in probes are small over a
-     window; it stays so until one exceeds twice its limit or the pair is replaced, when all measures begin anew. Until
-     then the retained Q selects, under the same rule.
+     window; it stays so until one exceeds twice its limit or is not known, after a replacement or for want of recent
+     probes. Until then the retained Q selects, under the same rule.
 [D6] A gain obtained is a sum of TD errors of the retained policy's fitted Q. Whatever is wrong with that Q shows in the
      segments of the retained policy alone and is subtracted.
 [D7] Policy evaluation takes the inverse-variance mean of the critic at start states, fitted Q evaluation there, and its
@@ -654,9 +654,8 @@ class Evaluator(nn.Module):
 
     def begin(self, agent: Agent, starts: list[np.ndarray], task: Task, score: float) -> None:
         """The online phase begins: what was trained so far is retained."""
-        self.frozen[0].load_state_dict(agent.state_dict())
-        for critic in (*self.fitted, *self.fitted_targets):
-            critic.load_state_dict(agent.critic.state_dict())
+        copy_weights(agent, self.frozen[0])
+        copy_weights(agent.critic, *self.fitted, *self.fitted_targets)
         self.starts.copy_(torch.from_numpy(np.stack(starts)))
         self.horizon, self.score = 1 / (1 - self.args.gamma), float(score)  # effective; of the retained policy
         self.per_return = 100 / (task.ref_max - task.ref_min)
@@ -713,7 +712,7 @@ class Evaluator(nn.Module):
             td_error = np.abs(backup - learner.target_critic(obs, action).mean(0).cpu().numpy()).mean() / self.scale
         promised = (discount * acted) @ gains[:, :2]
         alone = self.kind == "control" or math.isinf(self.margins[self.active])  # only the retained policy could act
-        role = 1 if own else -1 if alone else 0
+        role = 1 if own else -2 if self.alone == 0 else -1 if alone else 0
         row = [discount.sum(), discount @ acted, *promised, gain, critic_error, fitted_error, td_error, role]
         self.records = [*self.records[-50 * self.args.window :], [float(number) for number in row]]
         value = float(expect(learner.target_critic, learner, self.starts).mean() / self.scale)
@@ -743,7 +742,7 @@ class Evaluator(nn.Module):
         args, window, enough, due = self.args, self.args.window, self.args.window // 2, self.args.reset_every
         weight, acted, *promised, gain, critic_error, fitted_error, td_error, role = np.array(self.records).T
         controls, mixed = (np.flatnonzero(rows)[-2 * window :] for rows in (role < 0, acted > 0))
-        recent = np.arange(len(role)) >= len(role) - 5 * window
+        recent = np.cumsum(role[::-1] > -2)[::-1] <= 5 * window  # whole episodes of the retained policy age nothing
         probes, selected = (np.flatnonzero(recent & rows)[-window:] for rows in (role > 0, role == 0))
         log, self.margins = {"learner_share": acted[-1] / weight[-1]}, [math.inf, math.inf]
 
@@ -795,8 +794,10 @@ class Evaluator(nn.Module):
             log["learner_gain"] = obtained
             better = self.stable and lower > retained and obtained >= 0 and not self.proving
             if better and self.segments >= self.next_proposal and args.evaluator == "frozen-until-stable":
-                self.frozen[2].load_state_dict(learner.state_dict())
+                copy_weights(learner, self.frozen[2])
                 self.proving, self.predicted = True, self.predicted_score()
+        else:
+            self.estimates[1] = [math.inf, math.inf]  # of an older learner, or none
 
         # Reset [D9]
         due = due and step - self.last_reset >= due
@@ -808,7 +809,7 @@ class Evaluator(nn.Module):
             self.stable, healthy, self.recovering = False, False, True
             self.last_reset, self.resets = step, self.resets + 1
         if args.evaluator == "online":
-            self.margins[1] = 0.0  # nothing is retained
+            self.margins[1] = 0.0  # the new Q has its way
         draw, otherwise = np.random.rand(), "sample" if args.selection == "softmax" else "select"
         control = math.isfinite(self.margins[self.active]) and draw > 1 - args.control_share
         probe = healthy and (draw < args.probe_rate or (self.kind == "probe" and not over))
@@ -852,11 +853,11 @@ class Evaluator(nn.Module):
     def replace(self, learner: Explorer) -> None:
         """The proposed learner becomes the retained pair; what was measured against the old one is forgotten."""
         self.replaced, self.returns[0] = self.replaced + 1, self.returns[1]
-        self.frozen[1].load_state_dict(self.frozen[2].state_dict())
+        copy_weights(self.frozen[2], self.frozen[1])
         copy_weights(self.frozen[1].actor.net, learner.anchor_net)
         for critics in (self.fitted, self.fitted_targets):
-            critics[0].load_state_dict(critics[1].state_dict())
-        self.records, self.margins, self.estimates[0] = [], [math.inf, math.inf], self.estimates[1]
+            copy_weights(critics[1], critics[0])
+        self.records, self.margins, self.estimates[1] = [], [math.inf, math.inf], [math.inf, math.inf]
 
     def predicted_score(self) -> float:
         """The learner's score as policy evaluation sees it: that of the offline policy, and all gains since."""
@@ -877,7 +878,7 @@ class Evaluator(nn.Module):
     def get_extra_state(self) -> dict:  # part of state_dict
         types = bool | int | float | str | list
         plain = {key: value for key, value in vars(self).items() if isinstance(value, types) and key != "segment"}
-        return copy.deepcopy(plain) | {"optimizer": self.optimizer.state_dict()}
+        return plain | {"optimizer": self.optimizer.state_dict()}
 
     def set_extra_state(self, state: dict) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
@@ -1161,7 +1162,7 @@ def train(args: Args) -> dict:
         progress["online_step"] = step
         if evaluator.segment and (over or len(evaluator.segment) == args.segment_steps):
             evaluator.end_segment(learner)
-            evaluator.fit(learner, buffer, args.segment_steps // 5)
+            evaluator.fit(learner, buffer, max(args.segment_steps // 5, 1))
             log = evaluator.judge(learner, step, over)
             run.log("online", step, {f"evaluator/{name}": value for name, value in log.items()})
         if step % args.eval_every == 0 or step == args.online_steps:

@@ -36,7 +36,7 @@ HELD = ("gate/deployed", RESETS)  # logged now and then; keep their value in bet
 CURVES = ("online/normalized_score", "online/learner_score", *HELD)  # what the figures are drawn from
 INDIFFERENT = "env_id seed exp_name run_dir dataset offline_checkpoint save_every cuda compile cuda_graph track "
 INDIFFERENT = ABOUT + (INDIFFERENT + "wandb_project_name wandb_entity capture_video torch_deterministic").split()
-UNUSABLE = ("incomplete", "its learning curve and its summary.json disagree")  # why a run alone is set apart
+UNUSABLE = ("incomplete", "its learning curve and its summary.json disagree", "there twice")  # why a run is set apart
 PAIRS = [(script, other) for script in ("jsrl_gated", "sft_reset") for other in ("jsrl_gated_open", "iql_finetune")]
 ORDER = ["jsrl_gated", "sft_reset", "cal_ql", "iql_finetune", "jsrl_gated_open"]  # of rows; others after them
 COLORS = dict(zip(ORDER, ("#0072B2", "#D55E00", "#009E73", "#333333", "#56B4E9"), strict=True))
@@ -68,7 +68,8 @@ def read_scalars(folder: Path) -> dict[str, np.ndarray]:
 
 
 def read_args(folder: Path) -> tuple[dict, dict, str]:
-    """args.json, the literal defaults in the Args of the run's own copy of its script, and that script's name."""
+    """args.json, the defaults in the Args of the run's own copy of its script (what is computed: its text), and that
+    script's name."""
     args, defaults, script = json.loads((folder / "args.json").read_text()), {}, "?.py"
     for path in folder.glob("*.py"):
         found = [node for node in ast.parse(path.read_text()).body if getattr(node, "name", "") == "Args"]
@@ -77,8 +78,8 @@ def read_args(folder: Path) -> tuple[dict, dict, str]:
             if isinstance(field, ast.AnnAssign) and field.value is not None:
                 try:
                     defaults[field.target.id] = ast.literal_eval(field.value)
-                except ValueError:
-                    continue  # computed, as that of cuda
+                except ValueError:  # computed, as that of cuda
+                    defaults[field.target.id] = ast.unparse(field.value)
     return args, defaults, script
 
 
@@ -97,11 +98,15 @@ def read_runs(folders: tuple[Path, ...]) -> list[dict]:
     """One dict a run: COLUMNS, and scalars, settings, the names of those that are the domain's, and command."""
     rows = []
     for path in sorted(path.parent for folder in folders for path in folder.glob("*/args.json")):
-        args, defaults, script = read_args(path)
-        summary = json.loads((path / "summary.json").read_text()) if (path / "summary.json").exists() else {}
+        try:
+            args, defaults, script = read_args(path)
+            summary = json.loads((path / "summary.json").read_text()) if (path / "summary.json").exists() else {}
+        except ValueError as error:
+            fail(f"cannot read {path} ({error}); delete it, or restore args.json, summary.json and the script in it")
         versions = {name: number.split("+")[0] for name, number in summary.get("versions", {}).items()}
         row = {key: summary.get(key, args.get(key)) for key in COLUMNS}
-        row |= {"task": args["env_id"], "script": args["exp_name"], "run": path.name, "apart": ""}
+        row |= {"task": args["env_id"], "script": args["exp_name"], "apart": ""}
+        row["run"] = f"{row['dataset_id']}/{path.name}"  # the same folder name may be of official data and a stand-in
         row |= {"code": hashlib.sha1(b"".join(p.read_bytes() for p in path.glob("*.py"))).hexdigest()[:7]}
         row |= {"versions": " ".join(f"{name} {number}" for name, number in versions.items())}
         row["settings"] = {k: v for k, v in args.items() if k not in INDIFFERENT}
@@ -154,8 +159,8 @@ def set_apart(rows: list[dict]) -> None:
             yield [row for row in left if tuple(row[key] for key in keys) == value]
 
     for same in groups("task", "dataset_id", "script", "seed"):
-        for row in same[1:]:
-            row["apart"] = f"there twice: {same[0]['command']}"
+        for n, row in enumerate(same[1:], 2):
+            row |= {"apart": f"{UNUSABLE[2]}: {same[0]['command']}", "run": f"{row['run']} ({n})"}
     fine = [row for row in rows if not row["apart"]]
     for part in (
         [row for row in fine if row["script"] != "offline"],
@@ -548,14 +553,24 @@ def fail(message: str) -> None:
 
 
 def main(args: Args) -> None:
-    found = read_runs(args.runs)
-    there = {row["run"] for row in found}  # a run folder takes the place of what was reported of it
+    for path in filter(None, (args.reported, args.readme)):
+        if not path.is_file():
+            fail(f"there is no {path}; --reported and --readme name files that are there")
+    found = {}
     for folder in args.runs:
         if (folder / "per_seed.csv").exists():
             try:
-                found += [row for row in read_report(folder) if row["run"] not in there]
+                found |= {row["run"]: row for row in read_report(folder)}
             except (OSError, LookupError, ValueError) as error:
                 fail(f"cannot read the report in {folder} ({error!r}); give the run folders, or restore it from git")
+    fresh = defaultdict(list)
+    for row in read_runs(args.runs):
+        if row["apart"] and not found.get(row["run"], row)["apart"]:
+            print(f"{row['run']}: {row['apart']}; what was reported of it stays")
+        else:
+            fresh[row["run"]].append(row)
+    # A run folder takes the place of what was reported of it.
+    found = [row for run in found | fresh for row in fresh.get(run, [found.get(run)])]
     if not found:
         fail(f"no run folders in {', '.join(map(str, args.runs))}; give what was --run-dir")
     found.sort(key=lambda row: (row["task"], row["script"], row["seed"]))

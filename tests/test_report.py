@@ -38,12 +38,13 @@ def make_run(folder, task="hopper-medium", script="iql_finetune", seed=1, scores
     args = {"env_id": task, "seed": seed, "exp_name": script, "run_dir": str(folder), "offline_steps": 100_000}
     args |= {"online_steps": online_steps, "utd_ratio": 1, "eval_every": 5_000, "eval_episodes": 10, "tolerance": 2.0}
     args |= {"expectile": 0.7, "cuda": False, "offline_checkpoint": None} | settings
+    args["dataset_id"] = dataset_id or f"o2o/{task.replace('-', '/', 1)}-v0"
     (path / "args.json").write_text(json.dumps(args))
     loss = [max(scores[0] - score, 0.0) for score in scores]
     gain = [i for i in range(len(scores) - 2) if min(scores[i : i + 3]) > scores[0] + 10]
     written = {
         "env_id": task,
-        "dataset_id": dataset_id or f"o2o/{task.replace('-', '/', 1)}-v0",
+        "dataset_id": args["dataset_id"],
         "eval_env": "Hopper-v4",
     }
     written |= {"algorithm": script, "seed": seed, "offline_score": scores[0], "final_score": scores[-1]}
@@ -252,7 +253,7 @@ def test_readme_is_updated_between_its_markers(tmp_path):
     assert error.value.code == 2 and readme.read_text() == "no markers"
 
 
-def test_runs_are_added_to_an_earlier_report(tmp_path):
+def test_runs_are_added_to_an_earlier_report(tmp_path, capsys):
     """Two reports, the second with the first for its earlier runs, give what one report of all run folders gives."""
     for seed in (1, 2):
         make_run(tmp_path / "old", seed=seed, scalars={"gate/deployed": [(0, 0.0), (10, 0.0), (20, 0.2)]})
@@ -272,11 +273,44 @@ def test_runs_are_added_to_an_earlier_report(tmp_path):
     rows, _ = run_report(tmp_path / "again", tmp_path / "first", out=tmp_path / "first")
     assert [row["final_score"] for row in rows if row["seed"] == "3"] == [70] and len(rows) == 7
 
+    make_run(tmp_path / "restarted", seed=3, complete=False, tolerance=9.0)
+    make_run(tmp_path / "official", seed=3, dataset_id="hopper-medium-v2", scores=(80, 80, 80), tolerance=9.0)
+    capsys.readouterr()
+    rows, _ = run_report(tmp_path / "restarted", tmp_path / "official", tmp_path / "first", out=tmp_path / "first")
+    assert "hopper-medium__iql_finetune__3: incomplete" in (out := capsys.readouterr().out) and "stays" in out
+    assert [row["final_score"] for row in rows if row["seed"] == "3"] == [80, 70] and len(rows) == 8
+
+
+def test_two_runs_of_one_folder_name_keep_their_own_curves(tmp_path):
+    make_run(tmp_path / "a")
+    make_run(tmp_path / "b", scores=(70, 70, 70))
+    make_run(tmp_path / "c", scores=(80, 80, 80), dataset_id="hopper-medium-v2")
+    run_report(*(tmp_path / name for name in "abc"), out=tmp_path / "first")
+    rows, _ = run_report(tmp_path / "first", out=tmp_path / "second")
+    assert sorted(bool(row["apart"]) for row in rows) == [False, False, True]
+    for name in ("per_seed.csv", "curves.csv", "settings.json"):
+        assert (tmp_path / "first" / name).read_text() == (tmp_path / "second" / name).read_text(), name
+    curves = {row["run"]: row["scalars"] for row in report.read_report(tmp_path / "second")}
+    last = sorted(scalars["online/normalized_score"][-1, 1] for scalars in curves.values())
+    assert last == [60, 70, 80] and all(len(c["online/normalized_score"]) == 3 for c in curves.values())
+
 
 def test_no_run_folders(tmp_path, capsys):
     with pytest.raises(SystemExit) as error:
         run_report(tmp_path, out=tmp_path / "out")
     assert error.value.code == 2 and "no run folders" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrong", ["reported", "readme", "summary.json", "args.json"])
+def test_what_cannot_be_read_is_one_line_before_anything_is_written(tmp_path, capsys, wrong):
+    run, paths = make_run(tmp_path / "runs"), {}
+    if "." in wrong:
+        (run / wrong).write_text("")
+    else:
+        paths[wrong] = tmp_path / "nowhere"
+    with pytest.raises(SystemExit) as error:
+        report.main(report.Args((tmp_path / "runs",), tmp_path / "out", **paths))
+    assert error.value.code == 2 and capsys.readouterr().err.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
 DAMAGE = [("curves.csv", None), ("settings.json", None), ("settings.json", ""), ("settings.json", "{}")]

@@ -141,7 +141,7 @@ submit() { # LIST DEPENDENCY: what is left of it as job arrays, as many as SLURM
   for ((first = 0; first < ${#lines[@]}; first += most)); do
     last=$((first + most < ${#lines[@]} ? most : ${#lines[@]} - first))
     # shellcheck disable=SC2086  # SBATCH and $2 are words
-    sbatch --parsable --requeue --job-name="$JOB" --array="0-$((last - 1))%$WORKERS" --signal=B:USR1@120 --chdir="$PWD" \
+    sbatch --parsable --requeue --job-name="$JOB" --array="0-$((last - 1))%$WORKERS" --signal=B:USR1@600 --chdir="$PWD" \
       --open-mode=append --output="$RUN_DIR/logs/slurm-%A_%a.log" $2 $SBATCH <<EOF
 #!/usr/bin/env bash
 RUN_DIR=$(printf %q "$RUN_DIR")
@@ -332,10 +332,10 @@ while (($#)); do
 done
 for script in $SCRIPTS; do [[ -v FLAGS[$script] ]] || fail "unknown script $script; there are: ${!FLAGS[*]}"; done
 for number in $OFFLINE_STEPS $ONLINE_STEPS $WORKERS $SEEDS; do
-  [[ $number =~ ^[0-9]+$ ]] || fail "$number is not a whole number (steps, workers and seeds are)"
+  [[ $number =~ ^(0|[1-9][0-9]*)$ ]] || fail "$number is not a whole number (steps, workers and seeds are)"
 done
 for number in $OFFLINE_STEPS $ONLINE_STEPS $WORKERS; do
-  ((10#$number > 0)) || fail "steps and workers must be at least 1"
+  ((number > 0)) || fail "steps and workers must be at least 1"
 done
 
 # ---- the lists ----

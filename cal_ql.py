@@ -434,7 +434,7 @@ class StackedCritic(nn.Module):
         of_obs, of_action = weights[0].split(self.split, 1)
         at_obs = torch.baddbmm(biases[0], obs.expand(2, *obs.shape), of_obs).unsqueeze(2)
         # A processor takes 1000 actions at a time: what a layer writes is still in its cache when the next reads it.
-        n, values = len(obs) if obs.is_cuda else 1000 // action.shape[1], []
+        n, values = len(obs) if obs.is_cuda else max(1000 // action.shape[1], 1), []
         for part, a in zip(at_obs.split(n, 1), action.split(n), strict=True):
             # Layer 1 is W [s, a] = W_s s + W_a a: the wide part once a state, only the narrow one for every action.
             x = part + (a.flatten(0, 1) @ of_action).unflatten(1, a.shape[:2])

@@ -113,9 +113,9 @@ def train(args: Train) -> None:
     model = SAC("MlpPolicy", env, learning_rate=3e-4, qf_learning_rate=1e-3, learning_starts=5_000, train_freq=128,
                 gradient_steps=128, policy_kwargs={"net_arch": [128, 128]}, seed=args.seed)  # fmt: skip
     error = dict.fromkeys(args.kinds, 0.10)  # relative distance to the target of the best checkpoint so far
-    for step in range(args.eval_every, args.steps + 1, args.eval_every):
-        model.learn(args.eval_every, reset_num_timesteps=False)
-        policy = Policy.from_sbx(model)
+    while model.num_timesteps < args.steps:
+        model.learn(args.eval_every, reset_num_timesteps=False)  # up to the next whole 128
+        policy, step = Policy.from_sbx(model), model.num_timesteps
         for kind in args.kinds:
             target = TARGETS[args.env][kind]
             returns = returns_of(policy, eval_env, NOISE[kind], 10, seed=10_000)

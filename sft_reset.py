@@ -29,13 +29,13 @@ Our choices:
 [D6] A gain obtained is a sum of TD errors of the retained policy's fitted Q. Whatever is wrong with that Q shows in the
      segments of the retained policy alone and is subtracted.
 [D7] Policy evaluation takes the inverse-variance mean of the critic at start states, fitted Q evaluation there, and its
-     correction by gains obtained. A learner is proposed when its lower bound is above the estimate of the pair so far
-     and, when last probed, it lost nothing. Then a frozen copy of it acts alone in whole episodes, in turn with the
-     retained policy until that has ten of its own, and replaces the pair once a one-sided t test of their returns says
-     that it is better; a copy that is not so on average after three, or after ten is still in doubt, is refused (drawn
-     from a normal distribution, 13 % of equal copies pass). What they returned less than was predicted is taken off
-     later predictions: values discounted by 0.99 see little of where an episode ends. Each refusal doubles the time to
-     the next proposal.
+     correction by gains obtained. A learner is proposed when its Q is stable, its lower bound is above the estimate of
+     the pair so far and, when last probed, it lost nothing. Then a frozen copy of it acts alone in whole episodes, in
+     turn with the retained policy until that has ten of its own, and replaces the pair once a one-sided t test of their
+     returns says that it is better; a copy that is not so on average after three, or after ten is still in doubt, is
+     refused (drawn from a normal distribution, 13 % of equal copies pass). What they returned less than was predicted
+     is taken off later predictions: values discounted by 0.99 see little of where an episode ends. Each refusal doubles
+     the time to the next proposal.
 [D8] A learner that may rarely act gets few data to correct what it overrates. So its policy loss holds it to the
      retained policy, as TD3+BC (Fujimoto, Gu 2021) does to the data: less while it is stable and its probes gain, but
      never less than a quarter (hopper's learner falls for good without), more while not.
@@ -119,7 +119,7 @@ class Args:
     selection: Literal["greedy", "softmax"] = "greedy"  # softmax: in training, by chance where the promises are close
     segment_steps: int = 100  # at most; episodes end them too [D1]
     probe_rate: float = 0.15  # chance that a segment begins a probe, once TD error and drift are small [D1]
-    control_share: float = 0.1  # of the segments, of the retained policy alone, once stable
+    control_share: float = 0.1  # of the segments, of the retained policy alone, once there is a margin
     window: int = 10  # segments, probes or controls that a judgement looks back on; half as many will do
     td_limit: float = 0.05  # mean TD error, in units of the mean absolute reward's value [D5]
     drift_limit: float = 0.05  # of values over a window, same unit

@@ -173,6 +173,7 @@ def test_two_at_once(bench):
         (["--online-steps", "0"], "steps and workers must be at least 1"),
         (["--wrokers", "2"], "unknown option --wrokers"),
         (["--seeds", "one"], "one is not a whole number"),
+        (["--seeds", "01"], "01 is not a whole number"),
         (["--workers"], "--workers needs a value"),
     ],
 )

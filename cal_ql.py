@@ -259,6 +259,8 @@ def find_dataset(args: Args) -> tuple[str, Path, str]:
     if "/" not in args.env_id and name not in TASKS:
         near = ", ".join(difflib.get_close_matches(name, TASKS, 3, 0.2))
         fail(f"unknown task {args.env_id}; nearest: {near}; or a full Minari id, or the path of a .hdf5 file")
+    if path.is_absolute() or ".." in path.parts:
+        fail(f"{path} is no Minari id, and of files only .hdf5 ones are given by their path")
     dataset_id = TASKS.get(name, args.env_id)
     env, kind = dataset_id.split("/")[-2:] if "/" in args.env_id else name.split("-", 1)
     folder = Path(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")).expanduser()
@@ -311,8 +313,9 @@ def load_task(args: Args) -> Task:
         fail(f"{dataset_id}: actions are {box}; only continuous, bounded ones are supported")
     shapes = {"obs": obs.shape, "next_obs": obs.shape, "action": box.shape, "reward": (), "terminated": ()}
     for key, shape in shapes.items():
-        if n == 0 or data[key].shape != (n, *shape) or not np.isfinite(data[key]).all():
-            needed = f"{(n or 'steps', *shape)} without NaN or infinite values"
+        numbers = data[key].dtype.kind in "fiub"
+        if n == 0 or data[key].shape != (n, *shape) or not (numbers and np.isfinite(data[key]).all()):
+            needed = f"{(n or 'steps', *shape)} numbers, none of them NaN or infinite"
             fail(f"{dataset_id}: {key} has shape {data[key].shape}, {world.spec.id} needs {needed}; {cure}")
 
     domain, ref_min, ref_max, *_ = ENVS.get(env, ("locomotion", meta.get("ref_min_score"), meta.get("ref_max_score")))
@@ -325,6 +328,8 @@ def load_task(args: Args) -> Task:
     returns = np.add.reduceat(data["reward"], first, dtype=np.float64)
     worst, best = float(returns.min()), float(returns.max())
     ref_min, ref_max = (worst, best) if ref_max is None else (ref_min, ref_max)
+    if ref_min == ref_max:
+        fail(f"{dataset_id}: all returns are {worst:.1f}; scores need ref_min_score and ref_max_score in its metadata")
     if meta.get("ref_max_score") is None and not (path.suffix == ".hdf5" and env in ENVS):
         print(f"{dataset_id} has no reference scores; 0 and 100 are returns of {ref_min:.1f} and {ref_max:.1f}")
     spread = max(best - worst, 1e-6)
@@ -629,11 +634,14 @@ class Run:
 
     def __init__(self, args: Args):
         counts = "offline_steps online_steps eval_every eval_episodes save_every utd_ratio batch_size buffer_size"
-        counts += " hidden segment_steps window recovery_ratio n_actions critic_layers actor_layers"
-        shares = "tau dropout expectile online_share mixing_ratio confidence replace_confidence reset_share"
+        counts += " hidden segment_steps recovery_ratio n_actions critic_layers actor_layers"
+        shares = "tau dropout expectile online_share mixing_ratio confidence replace_confidence reset_share probe_rate"
+        amounts = "warmup_steps temperature anchor anchor_open tolerance hold reset_every beta conservative_weight"
         rules = (
             (counts, "be at least 1", lambda v: v >= 1),
-            (shares, "lie in [0, 1]", lambda v: 0 <= v <= 1),
+            (shares + " control_share", "lie in [0, 1]", lambda v: 0 <= v <= 1),
+            (amounts, "be at least 0", lambda v: v >= 0),
+            ("window", "be at least 2", lambda v: v >= 2),
             ("gamma", "lie between 0 and 1", lambda v: 0 < v < 1),
             ("learning_rate critic_learning_rate actor_learning_rate initial_std", "be above 0", lambda v: v > 0),
             ("seed", "lie in [0, 2^32)", lambda v: 0 <= v < 2**32),
@@ -676,7 +684,10 @@ class Run:
         git = ["git", "-C", Path(__file__).parent, "rev-parse", "--verify", "-q", "HEAD"]
         found = subprocess.run(git, capture_output=True, text=True).stdout if shutil.which("git") else ""
         self.commit = found.strip() or None
-        self.dir.mkdir(parents=True, exist_ok=True)
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            fail(f"{self.dir} cannot be made ({error.strerror}); give another --run-dir")
         save_file(self.dir / "args.json", settings)
         with contextlib.suppress(shutil.SameFileError):  # the copy itself, run again
             shutil.copy(__file__, self.dir)
@@ -747,7 +758,8 @@ def train(args: Args) -> dict:
     task = load_task(args)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic CUDA kernels need
     torch.use_deterministic_algorithms(args.torch_deterministic)
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # one core a run, so that seeds run side by side
+    threads = os.environ.get("OMP_NUM_THREADS", "1")  # one core a run, so that seeds run side by side
+    torch.set_num_threads(max(int(threads), 1) if threads.isdecimal() else 1)
     torch.set_flush_denormal(True)  # what is left of Adam's moments of idle weights would be slow
     torch.set_float32_matmul_precision(args.matmul_precision)
     random.seed(args.seed)

@@ -83,6 +83,7 @@ def test_steps_below_one(refuse, name, value):
 @pytest.mark.parametrize("name, value", [
     ("gamma", 0.0), ("gamma", 1.0), ("gamma", 1.5), ("tau", -0.1), ("expectile", 2.0), ("online_share", 1.1),
     ("learning_rate", 0.0), ("learning_rate", -1.0), ("gamma", float("nan")), ("seed", -1), ("seed", 2**32),
+    ("beta", -1.0),
 ])  # fmt: skip
 def test_numbers_out_of_range(refuse, name, value):
     line = refuse(**{name: value})
@@ -107,6 +108,21 @@ def test_a_file_where_runs_are_to_go(refuse, tmp_path):
     for run_dir in (tmp_path / "file", tmp_path / "file" / "runs"):
         assert "file in its way" in refuse(run_dir=str(run_dir))
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_run_folder_that_cannot_be_made(refuse, monkeypatch):
+    def mkdir(path, **_):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    line = refuse()
+    assert "Permission denied" in line and "--run-dir" in line
+
+
+@pytest.mark.parametrize("name", ["/precious", "../precious/v0", "x/../../precious"])
+def test_a_path_that_is_no_dataset_is_never_to_be_deleted(refuse, name):
+    line = refuse(env_id=name)
+    assert "delete" not in line and name in line
 
 
 def test_run_folder_that_exists_is_left_alone(refuse, toy_args):
@@ -194,6 +210,12 @@ def test_empty_hdf5(refuse, tmp_path):
     assert "mine" in refuse(env_id=str(hdf5(tmp_path / "mine.hdf5", 0)), eval_env="Hopper-v4")
 
 
+def test_columns_that_are_no_numbers(refuse, tmp_path):
+    for column in (np.array([b"one"] * 12), np.ones(12, complex)):
+        line = refuse(env_id=str(hdf5(tmp_path / "mine.hdf5", rewards=column)), eval_env="Hopper-v4")
+        assert "reward" in line and "numbers" in line
+
+
 def test_a_users_own_file_is_never_to_be_deleted(refuse, tmp_path):
     """It cannot be "fetched again"."""
     path = str(hdf5(tmp_path / "mine.hdf5", **poisoned("rewards", (12,), np.nan)))
@@ -243,6 +265,13 @@ def test_minari_with_a_part_missing(refuse, what):
     path = Path(os.environ["MINARI_DATASETS_PATH"], TOY_ID, what)
     path.rename(path.parent / "elsewhere")
     assert TOY_ID in refuse()
+
+
+def test_minari_without_any_scale_for_a_score(refuse):
+    env, flags = gym.spec("Hopper-v4"), ([False] * 4, [False] * 3 + [True])
+    episode = EpisodeBuffer(None, None, None, np.zeros((5, 11)), np.zeros((4, 3), np.float32), [1.0] * 4, *flags)
+    record("x/own/some-v0", env, [episode, episode])
+    assert "ref_max_score" in refuse(env_id="x/own/some-v0")
 
 
 def test_empty_minari(refuse):

@@ -317,8 +317,8 @@ def test_evaluation_environment_of_a_dataset_that_names_no_other():
 
 def test_environment_without_render_mode():
     rng = np.random.default_rng(0)
-    parts = [episode(rng.uniform(-1, 1, (6, 2)).astype(np.float32), np.zeros((5, 2)), [1] * 5, False, True)] * 2
-    record("x/bare/some-v0", BARE, parts)
+    obs, action = rng.uniform(-1, 1, (6, 2)).astype(np.float32), np.zeros((5, 2))
+    record("x/bare/some-v0", BARE, [episode(obs, action, [reward] * 5, False, True) for reward in (1, 2)])
     task = iql.load_task(make_args(env_id="x/bare/some-v0"))
     obs, _ = task.make_env().reset(seed=0)
     assert obs.shape == (2,) and obs.dtype == np.float32

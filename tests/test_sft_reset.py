@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import sft_reset
 from sft_reset import (
     Agent,
     Args,
@@ -514,15 +515,104 @@ def test_a_run_that_is_never_stable_goes_on_as_the_retained_policy_and_says_so(t
     assert summary["resets"] == 2
 
 
+def spied(monkeypatch) -> list[dict]:
+    """What `train` does in each online step, in the order of the steps; filled while it runs."""
+    steps, originals = [], (Evaluator.propose, sft_reset.run_updates, ReplayBuffer.add, Evaluator.fit)
+
+    def propose(self, learner, obs, noise=0.0):
+        actions, gains = originals[0](self, learner, obs, noise)
+        if noise or self.kind == "probe":  # not the deployed policy's in an evaluation
+            steps.append({"kind": self.kind, "noise": noise, "segments": self.segments, "recovering": self.recovering})
+            steps[-1] |= {"actions": actions, "copy": self.frozen[2], "learner": learner, "shares": [], "fits": []}
+        return actions, gains
+
+    def run_updates(agent, buffer, n, online_share=None):
+        if isinstance(agent, Explorer):
+            steps[-1]["shares"] += [online_share] * n
+        return originals[1](agent, buffer, n, online_share)
+
+    def add(self, obs, action, *rest):
+        step = steps[-1]
+        step["action"], step["of_copy"], step["of_learner"] = action, step["copy"].act(obs), step["learner"].act(obs)
+        originals[2](self, obs, action, *rest)
+
+    def fit(self, learner, buffer, n):
+        steps[-1]["fits"].append(n)
+        originals[3](self, learner, buffer, n)
+
+    monkeypatch.setattr(Evaluator, "propose", propose)
+    monkeypatch.setattr(sft_reset, "run_updates", run_updates)
+    monkeypatch.setattr(ReplayBuffer, "add", add)
+    monkeypatch.setattr(Evaluator, "fit", fit)
+    return steps
+
+
+def test_who_acts_and_what_is_learned_in_each_step(toy_args, monkeypatch):
+    steps = spied(monkeypatch)
+    args = toy_args | EASY | {"online_steps": 600, "reset_every": 200, "bound_errors": -1e3, "replace_confidence": 1e-9}
+    train(Args(**args | {"recovery_ratio": 3, "segment_steps": 10, "eval_episodes": 1}))
+    assert len(steps) == 600 and {step["kind"] for step in steps} == {"control", "probe", "trial", "select"}
+    for step in steps:
+        assert step["noise"] == (step["kind"] != "probe"), "probes are acted as deployed"  # [D1]
+        if step["kind"] == "trial":
+            assert (step["action"] == step["of_copy"]).all(), "the frozen copy is tried"  # [D7]
+        elif step["kind"] != "select":
+            assert (step["action"] == step["actions"][int(step["kind"] == "probe")]).all()
+        updates = 0 if step["segments"] < 4 else 3 if step["recovering"] else 1
+        assert step["shares"] == [0.5] * updates  # [D3] [D9]
+        assert step["fits"] in ([], [10 // 5])
+    trials = [step for step in steps if step["kind"] == "trial"]
+    assert any((step["of_copy"] != step["of_learner"]).any() for step in trials), "and not the learner as it is by then"
+    assert any(step["recovering"] for step in steps) and sum(map(len, (step["fits"] for step in steps))) > 20
+
+
 @pytest.mark.parametrize(
-    "options",
-    [{"evaluator": "offline"}, {"evaluator": "online"}, {"selection": "softmax"}, {"reset_every": 0}],
+    ("options", "kind"),
+    [
+        ({"evaluator": "offline", "bound_errors": -1e3}, "select"),
+        ({"evaluator": "online", "bound_errors": -1e3}, "select"),
+        ({"selection": "softmax"}, "sample"),
+        ({"reset_every": 0, "bound_errors": 1e3}, "select"),
+    ],
     ids=str,
 )
-def test_variants_run(toy_args, options):
-    summary = train(Args(**toy_args | EASY | {"reset_every": 40} | options))
-    assert summary["resets"] <= (0 if options.get("reset_every") == 0 else 3)
-    assert math.isfinite(summary["final_score"])
+def test_variants_run(toy_args, monkeypatch, options, kind):
+    steps = spied(monkeypatch)
+    args = toy_args | EASY | {"online_steps": 300, "reset_every": 80}
+    summary = train(Args(**args | options))
+    assert summary["resets"] == 0 if options.get("reset_every") == 0 else summary["resets"] > 0
+    assert kind in (kinds := {step["kind"] for step in steps})
+    if "evaluator" in options:
+        assert summary["replaced"] == 0 and "trial" not in kinds
+        assert (summary["final_score"] == summary["offline_score"]) == (options["evaluator"] == "offline")
+
+
+def test_segments_of_the_retained_policy_alone_are_drawn_once_there_is_a_margin():
+    learner, evaluator = make(control_share=1.0, probe_rate=0.0)[1:3]
+    known = [row(**CONTROL)] * 4 + [row(probe=False)] * 4
+    for records, kind in (([row(**CONTROL)] * 8, "select"), (known, "control")):
+        judged(evaluator, learner, records)
+        assert evaluator.kind == kind
+
+
+def test_whole_episodes_of_the_retained_policy_age_no_probes():
+    """While a proposed copy is tried, its opponent's episodes push no probes out of the window."""
+    learner, evaluator = make()[1:3]
+    probes, alone = [row()] * 4, row(**CONTROL)
+    for role, stable in ((-1.0, False), (-2.0, True)):
+        judged(evaluator, learner, [*probes, *[[*alone[:-1], role]] * 40])
+        assert evaluator.stable == stable
+
+
+def test_there_is_no_prediction_without_recent_probes():
+    learner, evaluator = make()[1:3]
+    judged(evaluator, learner, [row(**CONTROL)] * 8 + [row()] * 8)
+    assert math.isfinite(evaluator.predicted_score())
+    judged(evaluator, learner, [row()] * 8 + [row(**CONTROL)] * 40)
+    assert not math.isfinite(evaluator.predicted_score())
+    judged(evaluator, learner, [row(**CONTROL)] * 8 + [row()] * 8)
+    evaluator.replace(learner)
+    assert not math.isfinite(evaluator.predicted_score()), "estimates were of the learner as it is now, not of the copy"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -242,7 +242,9 @@ def find_dataset(args: Args) -> tuple[str, Path, str]:
     if path.suffix == ".hdf5":
         if not path.exists() or not args.eval_env:
             fail(f"{path}: no such file" if args.eval_env else f"{path} needs --eval-env, for instance Hopper-v4")
-        return path.stem, path, args.eval_env.split("-")[0].lower()
+        return path.stem, path, args.eval_env.split("-")[0].lower().removeprefix("adroithand")
+    if args.eval_env:
+        fail(f"--eval-env is of a .hdf5 file given by its path; {args.env_id} has its own")
     if "/" not in args.env_id and name not in TASKS:
         near = ", ".join(difflib.get_close_matches(name, TASKS, 3, 0.2))
         fail(f"unknown task {args.env_id}; nearest: {near}; or a full Minari id, or the path of a .hdf5 file")
@@ -260,6 +262,8 @@ def find_dataset(args: Args) -> tuple[str, Path, str]:
             return dataset_id, path, env
     except Exception as error:  # whatever server, network and libraries raise: it is not to be had
         print(f"cannot fetch {dataset_id}: {error!r:.300}")
+    if args.dataset == "stand-in" and "/" in args.env_id:
+        fail(f"there is no stand-in for {args.env_id}; leave out --dataset stand-in, or give a short name")
     if args.dataset == "official" or "/" in args.env_id:
         fail(f"{dataset_id} is not at {path}: put it there, or use a short name and --dataset stand-in")
     stand_in, maker = f"o2o/{env}/{kind}-v0", Path(__file__).with_name("make_dataset.py")
@@ -315,13 +319,14 @@ def load_task(args: Args) -> Task:
     returns = np.add.reduceat(data["reward"], first, dtype=np.float64)
     worst, best = float(returns.min()), float(returns.max())
     ref_min, ref_max = (worst, best) if ref_max is None else (ref_min, ref_max)
-    if ref_min == ref_max:
-        fail(f"{dataset_id}: all returns are {worst:.1f}; scores need ref_min_score and ref_max_score in its metadata")
     if meta.get("ref_max_score") is None and not (path.suffix == ".hdf5" and env in ENVS):
         print(f"{dataset_id} has no reference scores; 0 and 100 are returns of {ref_min:.1f} and {ref_max:.1f}")
     spread = max(best - worst, 1e-6)
     resolved = args.domain_values["any"] | args.domain_values[domain]
     vars(args).update({name: value for name, value in resolved.items() if getattr(args, name) is None})
+    if best == worst and (ref_min == ref_max or not args.reward_scale):
+        cure = "give --reward-scale, and ref_min_score and ref_max_score in its metadata where there are none"
+        fail(f"{dataset_id}: all returns are {worst:.1f}, no scale for rewards and scores; {cure}")
     scale = args.reward_scale = float(args.reward_scale or 1000 / spread)
     print("  ".join(f"{name} {getattr(args, name)}" for name in resolved))
     mean, std = (data["obs"].mean(0), data["obs"].std(0) + 1e-3) if args.normalize_obs else (0 * obs, 0 * obs + 1)
@@ -473,7 +478,8 @@ class Agent(nn.Module):
         return self.optimizer.state_dict()
 
     def set_extra_state(self, state: dict) -> None:
-        self.optimizer.load_state_dict(state)
+        own = self.optimizer.state_dict()["param_groups"]  # learning rate and device are those asked for now
+        self.optimizer.load_state_dict(state | {"param_groups": own})
 
 
 def run_updates(agent: nn.Module, buffer: ReplayBuffer, n: int, online_share: float | None = None) -> dict[str, Tensor]:
@@ -515,6 +521,8 @@ def evaluate(act, env: gym.Env, task: Task, args: Args) -> dict[str, float]:
             obs, reward, terminated, truncated, info = env.step(act(obs, t))
             t, total, over = t + 1, total + reward, terminated or truncated
         returns.append(info["success"] if task.domain in GOAL_DOMAINS else total)  # see EndAtGoal
+    if args.capture_video:
+        env.get_wrapper_attr("stop_recording")()  # writes the film, which would wait for the next evaluation
     mean = float(np.mean(returns))
     return {"return": mean, "normalized_score": task.score(mean)}
 
@@ -559,13 +567,14 @@ class Run:
     def __init__(self, args: Args):
         counts = "offline_steps online_steps eval_every eval_episodes save_every utd_ratio batch_size buffer_size"
         counts += " hidden segment_steps recovery_ratio n_actions critic_layers actor_layers"
-        shares = "tau dropout expectile online_share mixing_ratio confidence replace_confidence reset_share probe_rate"
+        shares = "tau dropout expectile online_share mixing_ratio replace_confidence reset_share probe_rate"
         amounts = "warmup_steps temperature anchor anchor_open tolerance hold reset_every beta conservative_weight"
         rules = (
             (counts, "be at least 1", lambda v: v >= 1),
             (shares + " control_share", "lie in [0, 1]", lambda v: 0 <= v <= 1),
             (amounts, "be at least 0", lambda v: v >= 0),
             ("window", "be at least 2", lambda v: v >= 2),
+            ("confidence", "lie in [0.5, 1)", lambda v: 0.5 <= v < 1),
             ("gamma", "lie between 0 and 1", lambda v: 0 < v < 1),
             ("learning_rate critic_learning_rate actor_learning_rate initial_std", "be above 0", lambda v: v > 0),
             ("seed", "lie in [0, 2^32)", lambda v: 0 <= v < 2**32),
@@ -581,6 +590,8 @@ class Run:
                     importlib.import_module(package)
             except ImportError:
                 fail(f"--{flag.replace('_', '-')} needs {package}, which is not installed: pip install {package}")
+        if args.cuda_graph and not args.cuda and torch.cuda.is_available():
+            fail("--cuda-graph needs --cuda")
         if (args.cuda or args.cuda_graph) and not torch.cuda.is_available():
             fail("--cuda and --cuda-graph need a CUDA device, and there is none here; leave them out")
         name = Path(args.env_id).stem if args.env_id.endswith(".hdf5") else args.env_id.replace("/", "_")
@@ -701,7 +712,9 @@ def train(args: Args) -> dict:
         agent.load_state_dict(pretrained["agent"])
         args.offline_steps = run.progress["offline_step"] = pretrained["offline_steps"]
     run.start(task, agent=agent, buffer=buffer)
-    progress, eval_env = run.progress, task.make_env(run.dir / "videos" if args.capture_video else None)
+    progress = run.progress
+    films = run.dir / "videos" / f"from_{progress['offline_step'] + progress['online_step']}"  # each counts from 0
+    eval_env = task.make_env(films if args.capture_video else None)
 
     # ---- offline ----
     if args.compile:

@@ -125,6 +125,10 @@ def test_a_path_that_is_no_dataset_is_never_to_be_deleted(refuse, name):
     assert "delete" not in line and name in line
 
 
+def test_eval_env_is_of_a_file(refuse):
+    assert "--eval-env" in refuse(env_id="hopper-medium", eval_env="Hopper-v5")
+
+
 def test_run_folder_that_exists_is_left_alone(refuse, toy_args):
     folder = run_folder(toy_args)
     folder.mkdir(parents=True)
@@ -270,8 +274,14 @@ def test_minari_with_a_part_missing(refuse, what):
 def test_minari_without_any_scale_for_a_score(refuse):
     env, flags = gym.spec("Hopper-v4"), ([False] * 4, [False] * 3 + [True])
     episode = EpisodeBuffer(None, None, None, np.zeros((5, 11)), np.zeros((4, 3), np.float32), [1.0] * 4, *flags)
-    record("x/own/some-v0", env, [episode, episode])
-    assert "ref_max_score" in refuse(env_id="x/own/some-v0")
+    for name in (
+        "x/own/some-v0",
+        "x/hopper/some-v0",
+    ):  # the latter's reference scores are known, its rewards' scale is not
+        record(name, env, [episode, episode])
+        assert "--reward-scale" in refuse(env_id=name)
+    record("x/own/more-v0", env, [episode, episode])
+    assert "ref_max_score" in refuse(env_id="x/own/more-v0", reward_scale=1.0)
 
 
 def test_empty_minari(refuse):
@@ -318,7 +328,8 @@ def test_whatever_the_server_and_its_libraries_raise(refuse, monkeypatch, error)
 
 
 def test_full_id_has_no_stand_in(refuse):
-    assert "mujoco/hopper/medium-v0" in refuse(env_id="mujoco/hopper/medium-v0", dataset="stand-in")
+    line = refuse(env_id="mujoco/hopper/medium-v0", dataset="stand-in")
+    assert "no stand-in for mujoco/hopper/medium-v0" in line
 
 
 def test_no_maker_beside_the_script(refuse, monkeypatch, tmp_path):

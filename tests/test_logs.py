@@ -139,6 +139,6 @@ def test_weights_and_biases_only_when_asked_for(toy_args, monkeypatch):
 
 
 def test_videos_of_evaluations(toy_args):
-    short = {"offline_steps": 5, "online_steps": 5, "eval_every": 5, "eval_episodes": 1, "capture_video": True}
+    short = {"offline_steps": 5, "online_steps": 5, "eval_every": 5, "eval_episodes": 2, "capture_video": True}
     iql.train(iql.Args(**toy_args | short))
-    assert list((run_folder(toy_args) / "videos").glob("*.mp4"))
+    assert len(list((run_folder(toy_args) / "videos" / "from_0").glob("*.mp4"))) == 3 * 2, "the last one, too"

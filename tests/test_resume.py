@@ -271,6 +271,16 @@ def test_offline_checkpoint_starts_from_the_same_agent(toy_args):
     assert a["offline_score"] == b["offline_score"]
 
 
+def test_offline_checkpoint_leaves_the_learning_rate_as_asked_for(toy_args):
+    iql.train(iql.Args(**toy_args))
+    other = {"exp_name": "faster", "learning_rate": 0.01}
+    other["offline_checkpoint"] = str(run_folder(toy_args) / "offline.pt")
+    iql.train(iql.Args(**toy_args | other))
+    saved = torch.load(run_folder(toy_args | other) / "online.pt", weights_only=True)["agent"]["_extra_state"]
+    assert [group["lr"] for group in saved["param_groups"]] == [0.01]
+    assert float(saved["state"][0]["step"]) == toy_args["offline_steps"] + toy_args["online_steps"], "moments are kept"
+
+
 def test_offline_checkpoint_equals_continuing(toy_args):
     folder, other = from_offline_checkpoint(toy_args)
     assert_equal_runs(folder, other)

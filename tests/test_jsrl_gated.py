@@ -246,6 +246,79 @@ def test_bounds():
     estimate, lower, upper = jsrl.bounds([3.0, 5.0], [0.0, 2.0], 0.9)  # both variances 2, two degrees of freedom
     assert (estimate, upper - estimate, estimate - lower) == pytest.approx((3, 1.885618 * math.sqrt(2), upper - 3))
     assert jsrl.bounds([3.0], [0.0, 2.0], 0.9) == (0, -math.inf, math.inf)
+    for sample, guide, variance in (([3.0, 3.0], [0.0, 2.0], 1), ([0.0, 2.0], [3.0, 3.0], 2)):  # pooled 1, own 0 and 2
+        estimate, lower, upper = jsrl.bounds(sample, guide, 0.9)
+        assert [upper - estimate, estimate - lower] == pytest.approx([1.885618 * math.sqrt(variance)] * 2)
+
+
+def sampled(returns, values, explorer=9.0):
+    """Results by the advantage of a gate whose guide had episodes of one step, the explorer one of return 9."""
+    gate = make_gate()
+    gate.guide = [[[value], [total]] for value, total in zip(values, returns, strict=True)]
+    gate.length, gate.trial, gate.results = 1.0, 1.0, [[[values[0]], [explorer], 0]]
+    return gate.samples()["advantage"]
+
+
+def test_advantages_by_hand():
+    """Returns 0, 4, 8, 12: each guide episode against the mean of the three others, the explorer's against 6."""
+    apart = [-8, -8 / 3, 8 / 3, 8]
+    own, guide = sampled([0.0, 4.0, 8.0, 12.0], [0.0] * 4)
+    assert own == pytest.approx([3]) and guide == pytest.approx(apart)
+    own, guide = sampled([0.0, 4.0, 8.0, 12.0], [0.0, 2.0, 4.0, 6.0])  # V foretells all: the fit with it is taken
+    assert own == pytest.approx([9]) and guide == pytest.approx([0] * 4, abs=1e-6)
+    own, guide = sampled([0.0, 4.0, 8.0, 12.0], [1.0, -5.0, 5.0, -1.0])  # V misleads: the fit without it
+    assert own == pytest.approx([3]) and guide == pytest.approx(apart)
+
+
+def test_a_deployed_level_closes_at_half_the_tolerance():
+    gate = opened()
+    play(gate, [48.5] * 11)  # 1.5 lost, 2 tolerated
+    assert gate.level < 1
+    gate = make_gate()
+    assert -1 not in decisions(play(gate, [48.5] * 11)), "a trial is not refuted by that"
+
+
+def test_patience_falls_with_every_level_that_opens():
+    gate = make_gate()
+    gate.patience = 6
+    play(gate, [60] * 3)
+    assert gate.level == 0.2 and gate.patience == 4
+
+
+def test_the_guides_sample_grows_with_that_of_a_trial_in_doubt():
+    gate = make_gate()
+    gate.guide, gate.length, gate.trial = [[[0.0] * 10, [5.0] * 10]] * 3, 10.0, 0.2
+    gate.results = [[[0.0] * 10, [5.0] * 10, 8]] * 3
+    assert gate.next_level() == 0.2
+    gate.results = gate.results + gate.results[:1]
+    assert gate.next_level() == 0
+    gate.level = 0.2  # deployed already: nothing to decide
+    assert gate.next_level() == 0.2
+
+
+def test_an_episode_that_ends_before_the_switch_is_no_result():
+    gate = make_gate()
+    play(gate, [60])
+    before = len(gate.results)
+    gate.end(1_000, 0.2, [0.0] * 8, [5.0] * 8)  # the switch is at step 8 of 0, 1, ..., 7
+    assert len(gate.results) == before
+    gate.end(1_000, 0.2, [0.0] * 9, [5.0] * 9)
+    assert len(gate.results) == before + 1
+
+
+def test_copies_are_of_explorers_at_level_1_after_an_episode_no_worse_than_their_mean():
+    gate = make_gate(promote=True)
+    play(gate, [60])
+    gate.level = gate.trial = 0.6
+    gate.wait, gate.results = 99, [[[0.0] * 10, [6.0] * 10, 4]] * 6
+    play_at = lambda level, total: gate.end(1_000, level, [0.0] * 10, [total / 10] * 10)  # noqa: E731
+    play_at(0.6, 60)
+    assert not gate.candidate
+    gate.level = gate.trial = 1.0
+    play_at(1.0, 52)
+    assert not gate.candidate, "a fall may begin here"
+    play_at(1.0, 60)
+    assert gate.candidate
 
 
 def test_gate_kinds():
@@ -368,6 +441,70 @@ def test_log_prob_is_that_of_the_squashed_normal():
 
 
 # ---- whole runs ----
+
+
+def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("outcome", [1, -1])  # of the copy that is tried: it becomes the guide, it is dropped
+def test_who_acts_what_is_learned_and_what_is_copied_in_each_step(toy_args, monkeypatch, outcome):
+    parts, steps, events = {}, [{}], {}  # events: what an episode's end decided, and the index of the step after it
+
+    def spy(owner, name, before=lambda *_, **__: None, after=lambda result, *_: result):
+        original = getattr(owner, name)
+
+        def wrapped(*args, **kwargs):
+            before(*args, **kwargs)
+            return after(original(*args, **kwargs), *args)
+
+        monkeypatch.setattr(owner, name, wrapped)
+
+    def lead():
+        return parts["candidate"] if parts["gate"].candidate else parts["guide"]
+
+    def force(log, gate, *episode):
+        if gate.results and not events:  # the explorer has acted
+            gate.candidate, gate.trial, gate.results, events["copied"] = True, 0.0, [], len(steps) - 1
+        elif gate.candidate and len(gate.tested) == 2:
+            gate.candidate, gate.tested, log["gate/promoted"], events["judged"] = False, [], outcome, len(steps) - 1
+        return log
+
+    def learn(agent, buffer, n, online_share=None):
+        if agent is parts["explorer"]:
+            own, guide, candidate = (parts[name].actor.net for name in ("explorer", "guide", "candidate"))
+            steps[-1] |= {"share": online_share, "anchored": same(lead().actor.net, agent.anchor_net)}
+            steps[-1] |= {"copied": same(candidate, own), "promoted": same(guide, candidate)}
+            steps[-1]["first"] = same(guide, parts["agent"].actor.net)
+
+    def compare(act, *_):
+        if len(steps) > 1 and "deployed" not in steps[-1]:  # the first evaluation at this step
+            obs = np.zeros(parts["agent"].value[0].in_features, np.float32)
+            pairs = [(act(obs, t), parts["gate"].act(parts["guide"], parts["explorer"], obs, t)) for t in (0, 10_000)]
+            steps[-1]["deployed"] = all(map(np.array_equal, *zip(*pairs, strict=True)))
+
+    spy(jsrl.Run, "start", before=lambda run, task, **given: parts.update(given))
+    spy(jsrl.Gate, "end", after=force)
+    spy(jsrl.Gate, "explores", after=lambda turn, *_: steps[-1].update(explores=turn) or turn)
+    for kind in (jsrl.Agent, jsrl.Explorer):
+        spy(kind, "act", before=lambda self, obs, t=0, noise=0.0: steps[-1].update(by=self, noise=noise))
+    spy(jsrl, "run_updates", before=learn)
+    spy(jsrl, "evaluate", before=compare)
+    spy(jsrl.ReplayBuffer, "add", before=lambda *_: steps[-1].update(lead=lead(), warm=parts["gate"].warm),
+        after=lambda *_: steps.append({}))  # fmt: skip
+    jsrl.train(jsrl.Args(**toy_args | {"warmup_steps": 40, "online_steps": 400, "eval_episodes": 1}))
+
+    acted, evaluated = ([step for step in steps if key in step] for key in ("lead", "deployed"))
+    assert len(acted) == 400
+    for step in acted:
+        assert (step["by"], step["noise"]) == ((parts["explorer"], 1.0) if step["explores"] else (step["lead"], 0.0))
+        assert step.get("share") == (0.5 if step["warm"] else None) and step.get("anchored", True)
+    assert {step["lead"] for step in acted} == {parts["guide"], parts["candidate"]}
+    assert {step["explores"] for step in acted} == {step["warm"] for step in acted} == {True, False}
+    assert steps[events["copied"]]["copied"] and not steps[events["copied"]]["promoted"]
+    after = steps[events["judged"]]
+    assert (after["promoted"], after["first"]) == ((True, False) if outcome == 1 else (False, True))
+    assert len(evaluated) > 5 and all(step["deployed"] for step in evaluated)
 
 
 @pytest.mark.parametrize(

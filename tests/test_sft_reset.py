@@ -290,6 +290,13 @@ def test_end_segment_keeps_gain_errors_and_promises():
         assert fitted_error == pytest.approx(f[0] - obtained - rest * f[1], abs=1e-5)
     assert evaluator.segment == [] and evaluator.probe_steps == 6
 
+    roles = {("select", -1, 0.0): 0, ("select", -1, math.inf): -1, ("control", -1, 0.0): -1, ("control", 0, 0.0): -2}
+    for (evaluator.kind, evaluator.alone, margin), role in roles.items():
+        evaluator.margins = [margin, margin]
+        evaluator.segment = [(obs[0], action, obs[1], 1.0, False, 0, gains[0])]
+        evaluator.end_segment(learner)
+        assert evaluator.records[-1][-1] == role
+
 
 @pytest.mark.parametrize(
     ("learner_value", "gain", "stable", "proposed"),

@@ -611,6 +611,28 @@ def test_whole_episodes_of_the_retained_policy_age_no_probes():
         assert evaluator.stable == stable
 
 
+def test_a_learner_that_promises_more_is_proposed_once_before_its_reset():
+    learner, evaluator = make(reset_every=50, td_limit=-1.0)[1:3]  # never stable
+    retained, better = [row(**CONTROL)] * 8, [row(gain=100.0)] * 8
+    evaluator.returns[0] = [1.0, 2.0, 3.0]
+    judged(evaluator, learner, retained + better, step=49)
+    assert not evaluator.proving and evaluator.resets == 0, "not due, and not stable"
+    weights = copy.deepcopy(list(learner.actor.parameters()))
+    judged(evaluator, learner, retained + better, step=50)
+    assert evaluator.proving and evaluator.resets == 0, "it waits"
+    assert all(map(torch.equal, weights, evaluator.frozen[2].actor.parameters()))
+    evaluator.proving = False  # refused
+    judged(evaluator, learner, retained + better, step=51)
+    assert not evaluator.proving and evaluator.resets == 1, "once"
+    judged(evaluator, learner, retained + better, step=101)
+    assert evaluator.proving and evaluator.resets == 1, "and once before the next"
+    for worse in (make(reset_every=50), make(reset_every=50, evaluator="offline")):
+        learner, evaluator = worse[1:3]
+        gain = -100.0 if evaluator.args.evaluator != "offline" else 100.0
+        judged(evaluator, learner, retained + [row(gain=gain)] * 8, step=50)
+        assert not evaluator.proving and evaluator.resets == 1
+
+
 def test_there_is_no_prediction_without_recent_probes():
     learner, evaluator = make()[1:3]
     judged(evaluator, learner, [row(**CONTROL)] * 8 + [row()] * 8)

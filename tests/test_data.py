@@ -137,7 +137,7 @@ def test_actions_are_clipped_away_from_the_bounds():
     episodes = hopper_episodes("terminal")
     episodes[0]["actions"][:3] = [[1.0], [-1.0], [1.7]]
     write_hdf5(Path(os.environ["D4RL_DATASET_DIR"], "hopper_medium-v2.hdf5"), episodes)
-    action = iql.load_task(make_args(env_id="hopper-medium")).data["action"]
+    action = iql.load_task(make_args(env_id="hopper-medium", reward_scale=1.0)).data["action"]
     bound = np.float32(1 - 1e-5)
     assert action[:3].tolist() == [[bound] * 3, [-bound] * 3, [bound] * 3]
     assert np.isfinite(np.arctanh(action)).all()
@@ -312,7 +312,7 @@ def test_evaluation_environment_of_a_dataset_that_names_no_other():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         minari.create_dataset_from_buffers("x/hopper/only-v0", parts, env=None, eval_env="Hopper-v4", **spaces)
-    assert iql.load_task(make_args(env_id="x/hopper/only-v0")).env_spec.id == "Hopper-v4"
+    assert iql.load_task(make_args(env_id="x/hopper/only-v0", reward_scale=1.0)).env_spec.id == "Hopper-v4"
 
 
 def test_environment_without_render_mode():
@@ -581,13 +581,13 @@ def test_stand_in(stand_in_maker, dataset, monkeypatch, capsys):
         monkeypatch.setattr(iql, "HDF5_URL", "http://127.0.0.1:9/")  # nobody listens there
     else:
         monkeypatch.setattr(iql, "download", lambda *_: pytest.fail("asked the network"))
-    task = iql.load_task(make_args(env_id="hopper-medium", dataset=dataset))
+    task = iql.load_task(make_args(env_id="hopper-medium", dataset=dataset, reward_scale=1.0))
     out = capsys.readouterr().out
     assert task.dataset_id == "o2o/hopper/medium-v0" and len(task.data["obs"]) == 24
     assert stand_in_maker.read_text() == "collect --env-id hopper-medium"
     assert "STAND-IN o2o/hopper/medium-v0" in out and "hopper-medium-v2" in out
     stand_in_maker.unlink()
-    iql.load_task(make_args(env_id="hopper-medium", dataset="stand-in"))
+    iql.load_task(make_args(env_id="hopper-medium", dataset="stand-in", reward_scale=1.0))
     assert not stand_in_maker.exists(), "made a second time although it is there"
 
 

@@ -60,12 +60,13 @@ def row(gain=0.0, promised=(0.0, 0.0), acted=True, probe=True, error=0.0, td_err
 
 
 CONTROL = {"acted": False, "probe": False}
+BATCHES = make()[3]
 
 
 def judged(evaluator, learner, records, step=1, values=None, over=False):
     evaluator.records, evaluator.segments = [list(map(float, r)) for r in records], len(records)
     evaluator.values, evaluator.alone = values or [1.0] * (evaluator.args.window + 1), -1
-    return evaluator.judge(learner, step, over)
+    return evaluator.judge(learner, BATCHES, step, over)
 
 
 # ---- who acts ----
@@ -376,7 +377,7 @@ def test_the_retained_pair_is_bit_equal_after_updates_and_resets():
     _, learner, evaluator, buffer = make()
     before = copy.deepcopy(evaluator.retained.state_dict())
     train_a_little(learner, evaluator, buffer)
-    reset(learner)
+    reset(learner, buffer.sample(16))
     train_a_little(learner, evaluator, buffer)
     after = evaluator.retained.state_dict()
     assert all(torch.equal(before[key], after[key]) for key in before if torch.is_tensor(before[key]))
@@ -396,7 +397,7 @@ def test_reset_is_in_place_and_complete(share):
     tensors = [*learner.parameters(), *state]
     addresses, before = [t.data_ptr() for t in tensors], [p.clone() for p in learner.actor.parameters()]
     assert any(v.any() for v in state)
-    reset(learner)
+    reset(learner, buffer.sample(16))
     again = [*learner.parameters(), *(v for s in learner.optimizer.state.values() for v in s.values())]
     assert [t.data_ptr() for t in again] == addresses
     assert not any(v.any() for v in state)
@@ -407,6 +408,24 @@ def test_reset_is_in_place_and_complete(share):
     assert all(torch.equal(p, q) for p, q in zip(learner.sources, learner.targets, strict=True))
     learner.update(buffer.sample(16, 0.5))  # Adam begins anew: its first step is the learning rate long
     assert max(v.max() for v in (s["step"] for s in learner.optimizer.state.values())) == 1
+
+
+def test_a_reset_keeps_the_level_of_values():
+    """The linear fit of the old values to the new ones is the identity."""
+    learner, _, buffer = make(reset_share=0.5)[1:]
+    with torch.no_grad():
+        for net, level in zip(learner.critic.nets, (100.0, -50.0), strict=True):
+            net[-1].bias.add_(level)
+    batch = buffer.sample(64)
+    old = learner.critic(batch["obs"], batch["action"]).detach()
+    reset(learner, batch)
+    new = learner.critic(batch["obs"], batch["action"]).detach()
+    for x, y, target in zip(new, old, learner.target_critic(batch["obs"], batch["action"]), strict=True):
+        assert not torch.allclose(x, y, atol=1e-3) and torch.equal(x, target)
+        assert float(x.mean()) == pytest.approx(float(y.mean()), abs=1e-3)
+        design = torch.stack([torch.ones(64), x - x.mean()], 1)
+        slope = torch.linalg.lstsq(design.double(), (y - y.mean()).double().unsqueeze(1)).solution.ravel()
+        assert slope.tolist() == pytest.approx([0.0, 1.0], abs=1e-2)
 
 
 def test_a_reset_waits_until_an_open_proposal_is_decided():
@@ -446,7 +465,7 @@ def test_state_survives_a_weights_only_file_in_the_middle_of_a_recovery():
         (obs, np.zeros(ACTION, np.float32), obs, 1.0, False, 0, evaluator.propose(learner, obs)[1])
     ] * 5
     evaluator.end_segment(learner)
-    evaluator.judge(learner, 12, False)
+    evaluator.judge(learner, buffer, 12, False)
     evaluator.history.append([1.0, 2.0])
     assert evaluator.recovering and evaluator.replaced == 1
     file = io.BytesIO()
@@ -494,8 +513,8 @@ def test_resumed_in_a_recovery_and_after_replacements_it_is_the_same_run(toy_arg
     assert whole["resets"] > 1 and whole["replaced"] > 0 and 0 < whole["stable_share"] < 1 and whole["probe_steps"] > 0
     original = Evaluator.judge
 
-    def crashing(self, learner, step, over):
-        log = original(self, learner, step, over)
+    def crashing(self, learner, *where):
+        log = original(self, learner, *where)
         if self.recovering and self.replaced:
             raise Crash
         return log
@@ -591,7 +610,9 @@ def test_variants_run(toy_args, monkeypatch, options, kind):
     assert kind in (kinds := {step["kind"] for step in steps})
     if "evaluator" in options:
         assert summary["replaced"] == 0 and "trial" not in kinds
-        assert (summary["final_score"] == summary["offline_score"]) == (options["evaluator"] == "offline")
+        checkpoint = torch.load(next(Path(args["run_dir"]).glob("*/checkpoint.pt")), weights_only=True)
+        as_before = set(checkpoint["progress"]["scores"]) == {summary["offline_score"]}
+        assert as_before == (options["evaluator"] == "offline")
 
 
 def test_segments_of_the_retained_policy_alone_are_drawn_once_there_is_a_margin():
@@ -654,7 +675,7 @@ def test_a_captured_graph_goes_on_after_a_reset():
     update = CudaGraph(lambda: learner.update(batch))
     for _ in range(6):
         update()
-    reset(learner)
+    reset(learner, batch)
     before = [p.clone() for p in learner.trained]
     update()
     assert not any(torch.equal(p, q) for p, q in zip(before, learner.trained, strict=True))

@@ -568,10 +568,11 @@ class Run:
         counts = "offline_steps online_steps eval_every eval_episodes save_every utd_ratio batch_size buffer_size"
         counts += " hidden segment_steps recovery_ratio n_actions critic_layers actor_layers"
         shares = "tau dropout expectile online_share mixing_ratio replace_confidence reset_share probe_rate"
+        shares += " control_share"
         amounts = "warmup_steps temperature anchor anchor_open tolerance hold reset_every beta conservative_weight"
         rules = (
             (counts, "be at least 1", lambda v: v >= 1),
-            (shares + " control_share", "lie in [0, 1]", lambda v: 0 <= v <= 1),
+            (shares, "lie in [0, 1]", lambda v: 0 <= v <= 1),
             (amounts, "be at least 0", lambda v: v >= 0),
             ("window", "be at least 2", lambda v: v >= 2),
             ("confidence", "lie in [0.5, 1)", lambda v: 0.5 <= v < 1),
@@ -590,10 +591,10 @@ class Run:
                     importlib.import_module(package)
             except ImportError:
                 fail(f"--{flag.replace('_', '-')} needs {package}, which is not installed: pip install {package}")
-        if args.cuda_graph and not args.cuda and torch.cuda.is_available():
-            fail("--cuda-graph needs --cuda")
         if (args.cuda or args.cuda_graph) and not torch.cuda.is_available():
             fail("--cuda and --cuda-graph need a CUDA device, and there is none here; leave them out")
+        if args.cuda_graph and not args.cuda:
+            fail("--cuda-graph needs --cuda")
         name = Path(args.env_id).stem if args.env_id.endswith(".hdf5") else args.env_id.replace("/", "_")
         self.args, self.dir = args, Path(args.run_dir, f"{name}__{args.exp_name}__{args.seed}")
         if any(path.is_file() for path in (self.dir, *self.dir.parents)):

@@ -556,21 +556,21 @@ def main(args: Args) -> None:
     for path in filter(None, (args.reported, args.readme)):
         if not path.is_file():
             fail(f"there is no {path}; --reported and --readme name files that are there")
-    found = {}
+    earlier = {}
     for folder in args.runs:
         if (folder / "per_seed.csv").exists():
             try:
-                found |= {row["run"]: row for row in read_report(folder)}
+                earlier |= {row["run"]: row for row in read_report(folder)}
             except (OSError, LookupError, ValueError) as error:
                 fail(f"cannot read the report in {folder} ({error!r}); give the run folders, or restore it from git")
-    fresh = defaultdict(list)
+    fresh = []
     for row in read_runs(args.runs):
-        if row["apart"] and not found.get(row["run"], row)["apart"]:
+        if row["apart"] and not earlier.get(row["run"], row)["apart"]:
             print(f"{row['run']}: {row['apart']}; what was reported of it stays")
         else:
-            fresh[row["run"]].append(row)
-    # A run folder takes the place of what was reported of it.
-    found = [row for run in found | fresh for row in fresh.get(run, [found.get(run)])]
+            fresh.append(row)
+    there = {row["run"] for row in fresh}  # run folders take the place of what was reported of them
+    found = fresh + [row for run, row in earlier.items() if run not in there]
     if not found:
         fail(f"no run folders in {', '.join(map(str, args.runs))}; give what was --run-dir")
     found.sort(key=lambda row: (row["task"], row["script"], row["seed"]))

@@ -209,6 +209,8 @@ LIMITS = {"td_limit": 0.1, "drift_limit": 0.1, "calibration_limit": 1.0}
 def test_stable_after_good_probes_and_until_twice_the_limit():
     _, learner, evaluator, _ = make(**LIMITS)
     assert series(evaluator, learner, [0.5] * 4) == [False, True, True, True]  # two probes measure, half a window
+    evaluator.stable = False
+    assert series(evaluator, learner, [-9.0] * 4) == [False, True, True, True]  # it promised less than was obtained
     judged(evaluator, learner, [row(**CONTROL)] * 2 + [row(error=1.5 * evaluator.scale)] * 4)
     assert evaluator.stable
     judged(evaluator, learner, [row(**CONTROL)] * 2 + [row(error=2.5 * evaluator.scale)] * 4)

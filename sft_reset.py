@@ -32,11 +32,12 @@ Our choices:
 [D7] Policy evaluation takes the inverse-variance mean of the critic at start states, fitted Q evaluation there, and its
      correction by gains obtained. A learner is proposed when its Q is stable, its lower bound is above the estimate of
      the pair so far and, when last probed, it lost nothing. Then a frozen copy of it acts alone in whole episodes, in
-     turn with the retained policy until that has ten of its own, and replaces the pair once a one-sided t test of their
-     returns says that it is better; a copy that is not so on average after three, or after ten is still in doubt, is
-     refused (drawn from a normal distribution, 13 % of equal copies pass). What they returned less than was predicted
-     is taken off later predictions: values discounted by 0.99 see little of where an episode ends. Each refusal doubles
-     the time to the next proposal.
+     turn with the retained policy until that has ten of its own, and replaces the pair once it returns more on average
+     and a one-sided rank test (Mann-Whitney) says that it is better; one that after three does not return more, or
+     after ten is still in doubt, is refused. 12 % of equal copies pass. (By a t test a single fall in one of 18
+     halfcheetah episodes, 47 and 45 otherwise, was a refusal.) What they returned less than was predicted is taken off
+     later predictions: values discounted by 0.99 see little of where an episode ends. Each refusal doubles the time to
+     the next proposal.
 [D8] A learner that may rarely act gets few data to correct what it overrates. So its policy loss holds it to the
      retained policy, as TD3+BC (Fujimoto, Gu 2021) does to the data: less while it is stable and its probes gain, but
      never less than a quarter (hopper's learner falls for good without), more while not.
@@ -846,16 +847,17 @@ class Evaluator(nn.Module):
 
     def end_episode(self, learner: Explorer, episode_return: float) -> None:
         """Whether the proposed learner is retained [D7]."""
-        from scipy.special import stdtrit  # quantile of Student's t; here, so that all scripts import the same on top
+        from scipy.stats import mannwhitneyu  # here, so that all scripts import the same on top
 
         if self.alone >= 0:
             self.returns[self.alone].append(float(episode_return))
-        if len(self.returns[1]) >= 3:
-            (old, doubt), (new, error) = (ratio(np.array(sample), np.ones(len(sample))) for sample in self.returns)
-            freedom = len(self.returns[0]) + len(self.returns[1]) - 2
-            gain, bound = new - old, stdtrit(freedom, self.args.replace_confidence) * math.hypot(doubt, error)
-            if gain > bound or gain <= 0 or len(self.returns[1]) == 10:
-                better, score = bool(gain > bound), float(self.score + self.per_return * gain)
+        old, new = self.returns
+        if len(new) >= 3:
+            gain = float(np.mean(new) - np.mean(old))
+            doubt = mannwhitneyu(new, old, alternative="greater").pvalue
+            better = gain > 0 and bool(doubt <= 1 - self.args.replace_confidence)
+            if better or gain <= 0 or len(new) == 10:
+                score = float(self.score + self.per_return * gain)
                 self.excess = 0.0 if better else self.excess + self.predicted - score
                 self.refused = 0 if better else self.refused + 1
                 self.next_proposal = self.segments + self.args.window * 2**self.refused

@@ -366,6 +366,14 @@ def test_a_proposal_replaces_the_pair_only_after_whole_episodes_that_show_it(pro
         assert evaluator.predicted_score() == pytest.approx(found), "corrected by what the trial returned"
 
 
+def test_a_single_fall_does_not_decide():
+    """A t test of these returns is in doubt."""
+    _, learner, evaluator, _ = make()
+    prove(evaluator, learner, [44.0, 15.0, 45.0], [])
+    evaluator.proving = True
+    assert prove(evaluator, learner, [44.0, 44.5], [46.0, 47.0, 46.5]) == [1, 0, 1, 0, 1] and evaluator.replaced == 1
+
+
 # ---- frozen copies, resets, resume ----
 
 
@@ -577,9 +585,9 @@ def spied(monkeypatch) -> list[dict]:
 
 def test_who_acts_and_what_is_learned_in_each_step(toy_args, monkeypatch):
     steps = spied(monkeypatch)
-    args = toy_args | EASY | {"online_steps": 600, "reset_every": 200, "bound_errors": -1e3, "replace_confidence": 1e-9}
+    args = toy_args | EASY | {"online_steps": 900, "reset_every": 200, "bound_errors": -1e3, "replace_confidence": 1e-9}
     train(Args(**args | {"recovery_ratio": 3, "segment_steps": 10, "eval_episodes": 1}))
-    assert len(steps) == 600 and {step["kind"] for step in steps} == {"control", "probe", "trial", "select"}
+    assert len(steps) == 900 and {step["kind"] for step in steps} == {"control", "probe", "trial", "select"}
     for step in steps:
         assert step["noise"] == (step["kind"] != "probe"), "probes are acted as deployed"  # [D1]
         if step["kind"] == "trial":

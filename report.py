@@ -38,6 +38,7 @@ INDIFFERENT = "env_id seed exp_name run_dir dataset offline_checkpoint save_ever
 INDIFFERENT = ABOUT + (INDIFFERENT + "wandb_project_name wandb_entity capture_video torch_deterministic").split()
 UNUSABLE = ("incomplete", "its learning curve and its summary.json disagree", "there twice")  # why a run is set apart
 PAIRS = [(script, other) for script in ("jsrl_gated", "sft_reset") for other in ("jsrl_gated_open", "iql_finetune")]
+PAIRS.append(("sft_reset", "sft_reset_online"))
 ORDER = ["jsrl_gated", "sft_reset", "cal_ql", "iql_finetune", "jsrl_gated_open"]  # of rows; others after them
 COLORS = dict(zip(ORDER, ("#0072B2", "#D55E00", "#009E73", "#333333", "#56B4E9"), strict=True))
 MORE_COLORS = ("#CC79A7", "#E69F00", "#8B5A2B", "#7F3FBF", "#B0A000", "#888888")

@@ -854,8 +854,8 @@ class Evaluator(nn.Module):
         old, new = self.returns
         if len(new) >= 3:
             gain = float(np.mean(new) - np.mean(old))
-            doubt = mannwhitneyu(new, old, alternative="greater").pvalue
-            better = gain > 0 and bool(doubt <= 1 - self.args.replace_confidence)
+            p_value = mannwhitneyu(new, old, alternative="greater").pvalue
+            better = gain > 0 and bool(p_value <= 1 - self.args.replace_confidence)
             if better or gain <= 0 or len(new) == 10:
                 score = float(self.score + self.per_return * gain)
                 self.excess = 0.0 if better else self.excess + self.predicted - score

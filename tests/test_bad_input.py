@@ -274,10 +274,7 @@ def test_minari_with_a_part_missing(refuse, what):
 def test_minari_without_any_scale_for_a_score(refuse):
     env, flags = gym.spec("Hopper-v4"), ([False] * 4, [False] * 3 + [True])
     episode = EpisodeBuffer(None, None, None, np.zeros((5, 11)), np.zeros((4, 3), np.float32), [1.0] * 4, *flags)
-    for name in (
-        "x/own/some-v0",
-        "x/hopper/some-v0",
-    ):  # the latter's reference scores are known, its rewards' scale is not
+    for name in ("x/own/some-v0", "x/hopper/some-v0"):  # hopper's reference scores are known, its rewards' scale is not
         record(name, env, [episode, episode])
         assert "--reward-scale" in refuse(env_id=name)
     record("x/own/more-v0", env, [episode, episode])

@@ -47,7 +47,7 @@ def make(**options):
     agent = Agent(OBS, ACTION, args)
     learner = Explorer(OBS, ACTION, args)
     evaluator = Evaluator(agent, learner, args)
-    task = SimpleNamespace(data=data, domain="locomotion", reward_scale=1.0, ref_min=0.0, ref_max=100.0)
+    task = SimpleNamespace(data=data, domain="locomotion", reward_scale=1.0, ref_min=10.0, ref_max=110.0)
     evaluator.begin(agent, list(data["obs"][:64]), task, 30.0)
     learner.warm_start(agent)
     return agent, learner, evaluator, buffer
@@ -360,9 +360,9 @@ def test_a_proposal_replaces_the_pair_only_after_whole_episodes_that_show_it(pro
         assert torch.equal(evaluator.retained.actor.net[-1].bias, proved) and evaluator.returns[0] == proposed
         assert torch.equal(learner.anchor_net[-1].bias, proved)
         assert evaluator.records == [] and evaluator.margins == [math.inf, math.inf]
-        assert evaluator.score == pytest.approx(30.0 + 61.0 - 49.8) and evaluator.excess == 0.0
+        assert evaluator.score == pytest.approx(51.0) and evaluator.excess == 0.0
     else:
-        found = 30.0 + np.mean(proposed) - np.mean(evaluator.returns[0])
+        found = np.mean(proposed) - 10.0
         assert evaluator.predicted_score() == pytest.approx(found), "corrected by what the trial returned"
 
 

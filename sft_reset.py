@@ -48,7 +48,7 @@ Our choices:
      is over. A halfcheetah learner of 51 was at 49 after 4,000 updates on the same replay; drawn half of the way
      (Schwarzer et al. 2023), at 46 even after 10,000, and no sooner where its policy began as the retained one of 49:
      what critics know of small differences between actions takes long to learn again. With wholly fresh weights, the
-     plain reading of the abstract, it was at 34. TD learning takes at most tau (1 - gamma) an update off an error in
+     plain reading of the abstract, it was at 41. TD learning takes at most tau (1 - gamma) an update off an error in
      the level of all values, and shrunk critics are too low, with half of fresh weights by 40 % still after 20,000
      steps, so that no Q was stable again. So the level is put back, as far as it goes linearly.
 """

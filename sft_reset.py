@@ -37,7 +37,9 @@ Our choices:
      after ten is still in doubt, is refused. 12 % of equal copies pass. (By a t test a single fall in one of 18
      halfcheetah episodes, 47 and 45 otherwise, was a refusal.) What they returned less than was predicted is taken off
      later predictions: values discounted by 0.99 see little of where an episode ends. Each refusal doubles the time to
-     the next proposal.
+     the next proposal. The replaced policy is kept, too: the new one has every other episode for itself until it has
+     ten of them, and as soon as these return less on average than the former one's did, that is retained again.
+     (walker2d: a copy that returned 69 three times, 66 before it, fell in half of its other episodes.)
 [D8] A learner that may rarely act gets few data to correct what it overrates. So its policy loss holds it to the
      retained policy, as TD3+BC (Fujimoto, Gu 2021) does to the data: less while it is stable and its probes gain, but
      never less than a quarter (hopper's learner falls for good without), more while not.
@@ -656,23 +658,24 @@ class Evaluator(nn.Module):
     """Who acts, retained pair or learner, and how good each is: in lists of two the first is of the retained pair. It
     decides between segments of one episode, from what the last ones promised and obtained."""
 
-    def __init__(self, agent: Agent, learner: Explorer, args: Args):
+    def __init__(self, learner: Explorer, args: Args):
         super().__init__()
         self.args = args
-        # Copies, which no update reaches.
-        pairs = agent, learner, learner  # the offline pair, the learner that replaced it, and the one proposed
-        self.frozen = nn.ModuleList(copy.deepcopy(pair).requires_grad_(False).eval() for pair in pairs)
-        self.fitted = nn.ModuleList(copy.deepcopy(agent.critic) for _ in range(2))
+        # Of a learner's form, but no update reaches them: the retained pair, the one proposed, the one replaced last.
+        self.pairs = nn.ModuleList(copy.deepcopy(learner).requires_grad_(False) for _ in range(3))
+        self.fitted = nn.ModuleList(copy.deepcopy(learner.critic) for _ in range(2))
         self.fitted_targets = copy.deepcopy(self.fitted).requires_grad_(False)
         self.optimizer = torch.optim.Adam(self.fitted.parameters(), args.learning_rate)
-        self.register_buffer("starts", torch.zeros(64, agent.value[0].in_features))  # observations that begin episodes
+        obs_dim = learner.actor.net[0].in_features
+        self.register_buffer("starts", torch.zeros(64, obs_dim))  # observations that begin episodes
         # From here on what is a number, a string or a list is saved with the networks.
         self.most_hold = 0.0 if args.evaluator == "online" else args.hold
         self.kind, self.stable, self.recovering = "select", False, False
-        self.replaced = self.resets = self.last_reset = self.segments = self.stable_segments = self.probe_steps = 0
+        self.segments = self.stable_segments = self.probe_steps = 0
+        self.replaced = self.restored = self.resets = self.last_reset = 0
         self.proving, self.parting, self.refused, self.next_proposal = False, False, 0, args.window
-        self.alone = -1  # whose the whole episode is, an index of `returns`; -1: of no one
-        self.returns = [[], []]  # of whole episodes of the retained policy alone, and of the proposed one
+        self.alone = -1  # whose the whole episode is, an index of `pairs`; -1: of no one
+        self.returns = [[], [], []]  # of whole episodes of each of `pairs` alone
         self.predicted, self.excess = 0.0, 0.0  # score of the proposed one; by how much such a prediction was too high
         self.records, self.segment, self.values, self.history = [], [], [], []
         self.margins = [math.inf, math.inf]
@@ -680,7 +683,7 @@ class Evaluator(nn.Module):
 
     def begin(self, agent: Agent, starts: list[np.ndarray], task: Task, score: float) -> None:
         """The online phase begins: what was trained so far is retained."""
-        copy_weights(agent, self.frozen[0])
+        self.retained.warm_start(agent)
         copy_weights(agent.critic, *self.fitted, *self.fitted_targets)
         self.starts.copy_(torch.from_numpy(np.stack(starts)))
         self.horizon, self.score = 1 / (1 - self.args.gamma), float(score)  # effective; of the retained policy
@@ -692,8 +695,8 @@ class Evaluator(nn.Module):
         self.per_value = float(steps / self.horizon / task.reward_scale * self.per_return) if known else math.nan
 
     @property
-    def retained(self) -> nn.Module:
-        return self.frozen[min(self.replaced, 1)]
+    def retained(self) -> Explorer:
+        return self.pairs[0]
 
     @property
     def active(self) -> int:
@@ -823,7 +826,7 @@ class Evaluator(nn.Module):
             log["learner_gain"] = obtained
             better = lower > retained and obtained >= 0 and not self.proving and args.evaluator == "frozen-until-stable"
             if better and ((due and not self.parting) or (self.stable and self.segments >= self.next_proposal)):
-                copy_weights(learner, self.frozen[2])
+                copy_weights(learner, self.pairs[1])
                 self.proving, self.parting, self.predicted = True, due, self.predicted_score()
         else:
             self.estimates[1] = [math.inf, math.inf]  # of an older learner, or none
@@ -844,8 +847,8 @@ class Evaluator(nn.Module):
         self.kind = "probe" if probe else "control" if control else otherwise
         self.kind = "control" if self.alone == 0 else self.kind
         log |= {"margin": min(self.margins[self.active], self.scale), "hold": learner.anchor, "proving": self.proving}
-        log |= {"stable": self.stable, "recovering": self.recovering, "replaced": self.replaced, "resets": self.resets}
-        return log | {"probe_steps": self.probe_steps}
+        log |= {"stable": self.stable, "recovering": self.recovering, "probe_steps": self.probe_steps}
+        return log | {"replaced": self.replaced, "restored": self.restored, "resets": self.resets}
 
     def end_episode(self, learner: Explorer, episode_return: float) -> None:
         """Whether the proposed learner is retained [D7]."""
@@ -853,40 +856,51 @@ class Evaluator(nn.Module):
 
         if self.alone >= 0:
             self.returns[self.alone].append(float(episode_return))
-        old, new = self.returns
+        if self.alone == 0 and self.returns[2] and np.mean(self.returns[0]) < np.mean(self.returns[2]):
+            self.replace(learner, by=2)
+        old, new, _ = self.returns
         if len(new) >= 3:
             gain = float(np.mean(new) - np.mean(old))
             p_value = mannwhitneyu(new, old, alternative="greater").pvalue
             better = gain > 0 and bool(p_value <= 1 - self.args.replace_confidence)
             if better or gain <= 0 or len(new) == 10:
-                score = float(self.per_return * (np.mean(new) - self.ref_min))
-                self.excess = 0.0 if better else self.excess + self.predicted - score
+                self.excess = 0.0 if better else self.excess + self.predicted - self.score_of(1)
                 self.refused = 0 if better else self.refused + 1
                 self.next_proposal = self.segments + self.args.window * 2**self.refused
                 if better:
-                    self.score = score
-                    self.replace(learner)
+                    self.replace(learner, by=1)
                 self.proving, self.returns[1] = False, []
         self.next_episode()
 
     def next_episode(self) -> None:
-        """Whether it is wholly one policy's: the retained one's three times at first; while a learner is proving, its
-        own, and in turn the retained one's until there are ten of them."""
+        """Whether it is wholly one policy's: the retained one's three times at first, and every other time after a
+        replacement until there are ten of them; while a learner is proving, in turn its own and the retained one's."""
         known, last, self.alone = len(self.returns[0]), self.alone, -1
         if self.args.evaluator == "frozen-until-stable" and (self.proving or known < 3):
             self.alone = int(known >= 10 or (known >= 3 and last != 1))
+        elif self.returns[2] and known < 10 and last != 0:
+            self.alone = 0
+        if self.alone >= 0:
             self.kind = ("control", "trial")[self.alone]
         elif self.kind == "trial":
             self.kind = "select"
 
-    def replace(self, learner: Explorer) -> None:
-        """The proposed learner becomes the retained pair; what was measured against the old one is forgotten."""
-        self.replaced, self.returns[0] = self.replaced + 1, self.returns[1]
-        copy_weights(self.frozen[2], self.frozen[1])
-        copy_weights(self.frozen[1].actor.net, learner.anchor_net)
-        for critics in (self.fitted, self.fitted_targets):
-            copy_weights(critics[1], critics[0])
+    def replace(self, learner: Explorer, by: int) -> None:
+        """The proposed (1) or the former pair (2) is retained from now on; what was measured against the last one is
+        forgotten."""
+        self.replaced, self.restored = self.replaced + (by == 1), self.restored + (by == 2)
+        if by == 1:
+            copy_weights(self.retained, self.pairs[2])
+            self.returns[2] = self.returns[0]
+            for critics in (self.fitted, self.fitted_targets):
+                copy_weights(critics[1], critics[0])
+        copy_weights(self.pairs[by], self.retained)
+        copy_weights(self.retained.actor.net, learner.anchor_net)
+        self.score, self.returns[0], self.returns[by] = self.score_of(by), self.returns[by], []
         self.records, self.margins, self.estimates[1] = [], [math.inf, math.inf], [math.inf, math.inf]
+
+    def score_of(self, i: int) -> float:
+        return float(self.per_return * (np.mean(self.returns[i]) - self.ref_min))
 
     def predicted_score(self) -> float:
         """The learner's score as policy evaluation sees it: that of the retained policy, as it was evaluated
@@ -903,7 +917,8 @@ class Evaluator(nn.Module):
         prediction["prediction_bias"] = float(np.mean(predicted - true)) if self.history else None
         prediction["probe_steps"] = self.probe_steps
         share = self.stable_segments / max(self.segments, 1)
-        return prediction | {"stable_share": share, "replaced": self.replaced, "resets": self.resets}
+        counts = {"replaced": self.replaced, "restored": self.restored, "resets": self.resets}
+        return prediction | {"stable_share": share} | counts
 
     def get_extra_state(self) -> dict:  # part of state_dict
         types = bool | int | float | str | list
@@ -1139,7 +1154,7 @@ def train(args: Args) -> dict:
     with device:
         agent = Agent(task.data["obs"].shape[1], task.data["action"].shape[1], args)
         learner = Explorer(task.data["obs"].shape[1], task.data["action"].shape[1], args)
-        evaluator = Evaluator(agent, learner, args)
+        evaluator = Evaluator(learner, args)
     identity = {"algorithm": agent.algorithm, "dataset_id": task.dataset_id}
     same = "hidden", "gamma", "dropout", "reward_scale", "reward_bias", "normalize_obs"  # dropout: not in cal_ql
     identity |= {name: vars(args).get(name) for name in same}
@@ -1196,7 +1211,7 @@ def train(args: Args) -> dict:
         updates = args.recovery_ratio if evaluator.recovering else 1
         for _ in range(updates if evaluator.segments >= args.window else 0):
             losses = update()  # launched before the environment steps: a GPU works meanwhile
-        action = evaluator.frozen[2].act(obs) if evaluator.kind == "trial" else actions[turn]  # [D7]
+        action = evaluator.pairs[1].act(obs) if evaluator.kind == "trial" else actions[turn]  # [D7]
         next_obs, reward, terminated, truncated, _ = env.step(action)
         row = (obs, action, next_obs, task.transform_reward(reward), terminated)
         buffer.add(*row)

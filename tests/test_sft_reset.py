@@ -46,7 +46,7 @@ def make(**options):
         buffer.add(data["obs"][i], data["action"][i], data["next_obs"][i], 1.0, False)
     agent = Agent(OBS, ACTION, args)
     learner = Explorer(OBS, ACTION, args)
-    evaluator = Evaluator(agent, learner, args)
+    evaluator = Evaluator(learner, args)
     task = SimpleNamespace(data=data, domain="locomotion", reward_scale=1.0, ref_min=10.0, ref_max=110.0)
     evaluator.begin(agent, list(data["obs"][:64]), task, 30.0)
     learner.warm_start(agent)
@@ -312,22 +312,23 @@ def test_end_segment_keeps_gain_errors_and_promises():
     ],
 )
 def test_proposed_only_with_the_lower_bound_above(monkeypatch, learner_value, gain, stable, proposed):
-    _, learner, evaluator, _ = make(bound_errors=2.0, **LIMITS)
+    agent, learner, evaluator, _ = make(bound_errors=2.0, **LIMITS)
     answers = iter([(10.0, 0.1), learner_value])  # of the retained pair first
     monkeypatch.setattr("sft_reset.combine", lambda _: next(answers))
     records = [row(**CONTROL)] * 4 + [row(gain=gain, error=0.0 if stable else 9 * evaluator.scale)] * 4
     learner.actor.net[-1].bias.data += 1.0
     judged(evaluator, learner, records)
     assert evaluator.proving == proposed and evaluator.replaced == 0
-    copied = torch.equal(evaluator.frozen[2].actor.net[-1].bias, learner.actor.net[-1].bias)
-    assert copied == proposed and evaluator.retained is evaluator.frozen[0]
+    copied = torch.equal(evaluator.pairs[1].actor.net[-1].bias, learner.actor.net[-1].bias)
+    kept = torch.equal(evaluator.retained.actor.net[-1].bias, agent.actor.net[-1].bias)
+    assert copied == proposed and kept
 
 
 def prove(evaluator, learner, retained, proposed):
     """Scripted returns for as long as whole episodes are one policy's: who acted in each."""
     returns, actors = (cycle(retained), cycle(proposed)), []
     evaluator.end_episode(learner, 0.0)
-    while evaluator.alone >= 0:
+    while evaluator.alone >= 0 and (evaluator.proving or len(evaluator.returns[0]) < 3):
         assert evaluator.kind == ("control", "trial")[evaluator.alone]
         actors.append(evaluator.alone)
         evaluator.end_episode(learner, next(returns[evaluator.alone]))
@@ -348,7 +349,7 @@ def test_a_proposal_replaces_the_pair_only_after_whole_episodes_that_show_it(pro
     _, learner, evaluator, _ = make()
     evaluator.alone, evaluator.segments = -1, 100
     assert prove(evaluator, learner, [49.0, 50.0, 51.0], []) == [0] * 3  # the retained policy first
-    evaluator.frozen[2].actor.net[-1].bias.data += 1.0
+    evaluator.pairs[1].actor.net[-1].bias.data += 1.0
     evaluator.per_value, evaluator.estimates = 1.0, [[5, 0.1], [25, 0.1]]
     evaluator.proving, evaluator.predicted = True, evaluator.predicted_score()
     assert evaluator.predicted == 30.0 + 20.0
@@ -356,7 +357,7 @@ def test_a_proposal_replaces_the_pair_only_after_whole_episodes_that_show_it(pro
     assert not evaluator.proving and evaluator.replaced == replaced and evaluator.returns[1] == []
     assert evaluator.refused == 1 - replaced and evaluator.next_proposal == 100 + 4 * 2**evaluator.refused
     if replaced:
-        proved = evaluator.frozen[2].actor.net[-1].bias
+        proved = evaluator.pairs[1].actor.net[-1].bias
         assert torch.equal(evaluator.retained.actor.net[-1].bias, proved) and evaluator.returns[0] == proposed
         assert torch.equal(learner.anchor_net[-1].bias, proved)
         assert evaluator.records == [] and evaluator.margins == [math.inf, math.inf]
@@ -364,6 +365,39 @@ def test_a_proposal_replaces_the_pair_only_after_whole_episodes_that_show_it(pro
     else:
         found = np.mean(proposed) - 10.0
         assert evaluator.predicted_score() == pytest.approx(found), "corrected by what the trial returned"
+
+
+def test_a_replacement_that_turns_out_worse_is_undone():
+    _, learner, evaluator, _ = make()
+    evaluator.alone = -1
+    prove(evaluator, learner, [49.0, 50.0, 51.0], [])
+    offline = copy.deepcopy(evaluator.retained.actor.state_dict())
+    evaluator.pairs[1].actor.net[-1].bias.data += 1.0
+    evaluator.proving = True
+    prove(evaluator, learner, [49.0, 51.0], [60.0, 61.0, 62.0])
+    assert evaluator.returns == [[60.0, 61.0, 62.0], [], [49.0, 50.0, 51.0, 49.0, 51.0]]
+    whose = []
+    for episode_return in (40.0, 0.0, 39.0, 0.0, 37.0):  # of the new one 40, 39, 37: below 50 on average after the last
+        whose.append(evaluator.alone)
+        assert not torch.equal(evaluator.retained.actor.net[-1].bias, offline["net.4.bias"])
+        evaluator.end_episode(learner, episode_return)
+    assert whose == [0, -1, 0, -1, 0] and (evaluator.replaced, evaluator.restored) == (1, 1)
+    assert all(torch.equal(value, offline[key]) for key, value in evaluator.retained.actor.state_dict().items())
+    assert torch.equal(learner.anchor_net[-1].bias, offline["net.4.bias"]) and evaluator.score == pytest.approx(40.0)
+    assert evaluator.returns == [[49.0, 50.0, 51.0, 49.0, 51.0], [], []] and evaluator.alone == -1
+
+
+def test_a_replacement_has_ten_whole_episodes_in_all_to_turn_out_worse():
+    _, learner, evaluator, _ = make()
+    evaluator.alone = -1
+    prove(evaluator, learner, [49.0, 50.0, 51.0], [])
+    evaluator.proving = True
+    prove(evaluator, learner, [49.0, 51.0], [60.0, 61.0, 62.0])
+    whose = []
+    for _ in range(20):
+        whose.append(evaluator.alone)
+        evaluator.end_episode(learner, 55.0)
+    assert whose == [0, -1] * 7 + [-1] * 6 and evaluator.restored == 0
 
 
 def test_a_single_fall_does_not_decide():
@@ -391,8 +425,9 @@ def test_the_retained_pair_is_bit_equal_after_updates_and_resets():
     train_a_little(learner, evaluator, buffer)
     after = evaluator.retained.state_dict()
     assert all(torch.equal(before[key], after[key]) for key in before if torch.is_tensor(before[key]))
-    evaluator.frozen[2].load_state_dict(learner.state_dict())
-    evaluator.replace(learner)
+    evaluator.pairs[1].load_state_dict(learner.state_dict())
+    evaluator.returns[1] = [31.0, 32.0, 33.0]
+    evaluator.replace(learner, by=1)
     before = [p.clone() for p in evaluator.retained.parameters()]
     train_a_little(learner, evaluator, buffer)
     assert all(torch.equal(p, q) for p, q in zip(before, evaluator.retained.parameters(), strict=True))
@@ -469,7 +504,8 @@ def test_recovery_ends_even_if_the_new_q_is_never_stable():
 def test_state_survives_a_weights_only_file_in_the_middle_of_a_recovery():
     _, learner, evaluator, buffer = make(reset_every=10, **LIMITS)
     train_a_little(learner, evaluator, buffer)
-    evaluator.replace(learner)
+    evaluator.returns[1] = [31.0, 32.0, 33.0]
+    evaluator.replace(learner, by=1)
     obs = np.ones(OBS, np.float32)
     evaluator.segment = [
         (obs, np.zeros(ACTION, np.float32), obs, 1.0, False, 0, evaluator.propose(learner, obs)[1])
@@ -559,7 +595,7 @@ def spied(monkeypatch) -> list[dict]:
         actions, gains = originals[0](self, learner, obs, noise)
         if noise or self.kind == "probe":  # not the deployed policy's in an evaluation
             steps.append({"kind": self.kind, "noise": noise, "segments": self.segments, "recovering": self.recovering})
-            steps[-1] |= {"actions": actions, "copy": self.frozen[2], "learner": learner, "shares": [], "fits": []}
+            steps[-1] |= {"actions": actions, "copy": self.pairs[1], "learner": learner, "shares": [], "fits": []}
         return actions, gains
 
     def run_updates(agent, buffer, n, online_share=None):
@@ -651,7 +687,7 @@ def test_a_learner_that_promises_more_is_proposed_once_before_its_reset():
     weights = copy.deepcopy(list(learner.actor.parameters()))
     judged(evaluator, learner, retained + better, step=50)
     assert evaluator.proving and evaluator.resets == 0, "it waits"
-    assert all(map(torch.equal, weights, evaluator.frozen[2].actor.parameters()))
+    assert all(map(torch.equal, weights, evaluator.pairs[1].actor.parameters()))
     evaluator.proving = False  # refused
     judged(evaluator, learner, retained + better, step=51)
     assert not evaluator.proving and evaluator.resets == 1, "once"
@@ -671,7 +707,8 @@ def test_there_is_no_prediction_without_recent_probes():
     judged(evaluator, learner, [row()] * 8 + [row(**CONTROL)] * 40)
     assert not math.isfinite(evaluator.predicted_score())
     judged(evaluator, learner, [row(**CONTROL)] * 8 + [row()] * 8)
-    evaluator.replace(learner)
+    evaluator.returns[1] = [31.0, 32.0, 33.0]
+    evaluator.replace(learner, by=1)
     assert not math.isfinite(evaluator.predicted_score()), "estimates were of the learner as it is now, not of the copy"
 
 

@@ -7,7 +7,8 @@
 Every table is made from results/per_seed.csv alone, the figures from results/curves.csv. Means, interquartile means
 (IQM) and 95 % percentile intervals from a stratified bootstrap (runs drawn anew within each task), as Agarwal et al.
 2021, "Deep RL at the Edge of the Statistical Precipice", by scipy. Never averaged, but listed apart: runs that are
-incomplete, that differ in settings from the others, that are there twice, or whose curve contradicts their summary.
+incomplete, that differ in settings from the others, that are there twice, or whose curve contradicts their summary; and
+those of an earlier report whose `apart`, in its per_seed.csv, begins with "superseded".
 """
 
 import ast
@@ -36,7 +37,8 @@ HELD = ("gate/deployed", RESETS)  # logged now and then; keep their value in bet
 CURVES = ("online/normalized_score", "online/learner_score", *HELD)  # what the figures are drawn from
 INDIFFERENT = "env_id seed exp_name run_dir dataset offline_checkpoint save_every cuda compile cuda_graph track "
 INDIFFERENT = ABOUT + (INDIFFERENT + "wandb_project_name wandb_entity capture_video torch_deterministic").split()
-UNUSABLE = ("incomplete", "its learning curve and its summary.json disagree", "there twice")  # why a run is set apart
+# Why a run is set apart whatever the others are; the last is written by hand into an earlier report's per_seed.csv.
+UNUSABLE = ("incomplete", "its learning curve and its summary.json disagree", "there twice", "superseded")
 PAIRS = [(script, other) for script in ("jsrl_gated", "sft_reset") for other in ("jsrl_gated_open", "iql_finetune")]
 PAIRS.append(("sft_reset", "sft_reset_online"))
 ORDER = ["jsrl_gated", "sft_reset", "cal_ql", "iql_finetune", "jsrl_gated_open"]  # of rows; others after them

@@ -273,6 +273,13 @@ def test_runs_are_added_to_an_earlier_report(tmp_path, capsys):
     rows, _ = run_report(tmp_path / "again", tmp_path / "first", out=tmp_path / "first")
     assert [row["final_score"] for row in rows if row["seed"] == "3"] == [70] and len(rows) == 7
 
+    table = tmp_path / "first/per_seed.csv"
+    rows = list(csv.DictReader(table.open(newline="")))
+    rows[0]["apart"] = "superseded: an earlier version"
+    report.write_csv(rows, table)
+    rows, _ = run_report(tmp_path / "again", tmp_path / "first", out=tmp_path / "first")
+    assert [row["seed"] for row in rows if row["apart"].startswith("superseded")] == ["1"]
+
     make_run(tmp_path / "restarted", seed=3, complete=False, tolerance=9.0)
     make_run(tmp_path / "official", seed=3, dataset_id="hopper-medium-v2", scores=(80, 80, 80), tolerance=9.0)
     capsys.readouterr()

@@ -37,9 +37,11 @@ Our choices:
      after ten is still in doubt, is refused. 12 % of equal copies pass. (By a t test a single fall in one of 18
      halfcheetah episodes, 47 and 45 otherwise, was a refusal.) What they returned less than was predicted is taken off
      later predictions: values discounted by 0.99 see little of where an episode ends. Each refusal doubles the time to
-     the next proposal. The replaced policy is kept, too: the new one has every other episode for itself until it has
-     ten of them, and as soon as these return less on average than the former one's did, that is retained again.
-     (walker2d: a copy that returned 69 three times, 66 before it, fell in half of its other episodes.)
+     the next proposal. The replaced policy is kept, too: every other episode is one of the two's, whole, until each has
+     ten, and if the former one's returned more on average, it is retained again. (walker2d: a copy that returned 69
+     three times, 66 before it, fell in half of its other episodes. Another, of 68 in ten evaluations, was sent back
+     after its first fall, when fewer would do: what it had replaced had not fallen in six episodes, but does in four
+     of ten.)
 [D8] A learner that may rarely act gets few data to correct what it overrates. So its policy loss holds it to the
      retained policy, as TD3+BC (Fujimoto, Gu 2021) does to the data: less while it is stable and its probes gain, but
      never less than a quarter (hopper's learner falls for good without), more while not.
@@ -856,8 +858,10 @@ class Evaluator(nn.Module):
 
         if self.alone >= 0:
             self.returns[self.alone].append(float(episode_return))
-        if self.alone == 0 and self.returns[2] and np.mean(self.returns[0]) < np.mean(self.returns[2]):
-            self.replace(learner, by=2)
+        if min(len(self.returns[0]), len(self.returns[2])) == 10:
+            if np.mean(self.returns[0]) < np.mean(self.returns[2]):
+                self.replace(learner, by=2)
+            self.score, self.returns[2] = self.score_of(0), []
         old, new, _ = self.returns
         if len(new) >= 3:
             gain = float(np.mean(new) - np.mean(old))
@@ -874,14 +878,15 @@ class Evaluator(nn.Module):
 
     def next_episode(self) -> None:
         """Whether it is wholly one policy's: the retained one's three times at first, and every other time after a
-        replacement until there are ten of them; while a learner is proving, in turn its own and the retained one's."""
-        known, last, self.alone = len(self.returns[0]), self.alone, -1
+        replacement, until ten are known of it and of the former one; while a learner is proving, in turn its own and
+        the retained one's."""
+        (known, _, former), last, self.alone = map(len, self.returns), self.alone, -1
         if self.args.evaluator == "frozen-until-stable" and (self.proving or known < 3):
             self.alone = int(known >= 10 or (known >= 3 and last != 1))
-        elif self.returns[2] and known < 10 and last != 0:
-            self.alone = 0
+        elif former and last < 0:
+            self.alone = 0 if known <= former else 2
         if self.alone >= 0:
-            self.kind = ("control", "trial")[self.alone]
+            self.kind = "trial" if self.alone else "control"
         elif self.kind == "trial":
             self.kind = "select"
 
@@ -1211,7 +1216,7 @@ def train(args: Args) -> dict:
         updates = args.recovery_ratio if evaluator.recovering else 1
         for _ in range(updates if evaluator.segments >= args.window else 0):
             losses = update()  # launched before the environment steps: a GPU works meanwhile
-        action = evaluator.pairs[1].act(obs) if evaluator.kind == "trial" else actions[turn]  # [D7]
+        action = evaluator.pairs[evaluator.alone].act(obs) if evaluator.kind == "trial" else actions[turn]  # [D7]
         next_obs, reward, terminated, truncated, _ = env.step(action)
         row = (obs, action, next_obs, task.transform_reward(reward), terminated)
         buffer.add(*row)

@@ -367,7 +367,9 @@ def test_a_proposal_replaces_the_pair_only_after_whole_episodes_that_show_it(pro
         assert evaluator.predicted_score() == pytest.approx(found), "corrected by what the trial returned"
 
 
-def test_a_replacement_that_turns_out_worse_is_undone():
+@pytest.mark.parametrize(("later", "restored"), [((40.0, 50.0), 1), ((55.0, 50.0), 0), ((40.0, 34.0), 0)])
+def test_a_replacement_is_undone_where_ten_episodes_of_each_say_that_it_was_wrong(later, restored):
+    """`later` are returns of the new one and of the former one, of which the first did better, 61 to 50, at first."""
     _, learner, evaluator, _ = make()
     evaluator.alone = -1
     prove(evaluator, learner, [49.0, 50.0, 51.0], [])
@@ -376,28 +378,20 @@ def test_a_replacement_that_turns_out_worse_is_undone():
     evaluator.proving = True
     prove(evaluator, learner, [49.0, 51.0], [60.0, 61.0, 62.0])
     assert evaluator.returns == [[60.0, 61.0, 62.0], [], [49.0, 50.0, 51.0, 49.0, 51.0]]
-    whose = []
-    for episode_return in (40.0, 0.0, 39.0, 0.0, 37.0):  # of the new one 40, 39, 37: below 50 on average after the last
-        whose.append(evaluator.alone)
+    new, former, whose = later[0], later[1], []
+    while evaluator.returns[2] and len(whose) < 50:
         assert not torch.equal(evaluator.retained.actor.net[-1].bias, offline["net.4.bias"])
-        evaluator.end_episode(learner, episode_return)
-    assert whose == [0, -1, 0, -1, 0] and (evaluator.replaced, evaluator.restored) == (1, 1)
-    assert all(torch.equal(value, offline[key]) for key, value in evaluator.retained.actor.state_dict().items())
-    assert torch.equal(learner.anchor_net[-1].bias, offline["net.4.bias"]) and evaluator.score == pytest.approx(40.0)
-    assert evaluator.returns == [[49.0, 50.0, 51.0, 49.0, 51.0], [], []] and evaluator.alone == -1
-
-
-def test_a_replacement_has_ten_whole_episodes_in_all_to_turn_out_worse():
-    _, learner, evaluator, _ = make()
-    evaluator.alone = -1
-    prove(evaluator, learner, [49.0, 50.0, 51.0], [])
-    evaluator.proving = True
-    prove(evaluator, learner, [49.0, 51.0], [60.0, 61.0, 62.0])
-    whose = []
-    for _ in range(20):
+        assert (evaluator.kind == "trial") == (evaluator.alone == 2)
         whose.append(evaluator.alone)
-        evaluator.end_episode(learner, 55.0)
-    assert whose == [0, -1] * 7 + [-1] * 6 and evaluator.restored == 0
+        evaluator.end_episode(learner, {0: new, 2: former, -1: 0.0}[evaluator.alone])
+    assert whose == [-1, 0] * 2 + [-1, 0, -1, 2] * 5
+    assert (evaluator.replaced, evaluator.restored, evaluator.alone) == (1, restored, -1)
+    same = all(torch.equal(value, offline[key]) for key, value in evaluator.retained.actor.state_dict().items())
+    assert same == bool(restored) == torch.equal(learner.anchor_net[-1].bias, offline["net.4.bias"])
+    new, former = [60.0, 61.0, 62.0] + [new] * 7, [49.0, 50.0, 51.0, 49.0, 51.0] + [former] * 5
+    kept = former if restored else new
+    assert evaluator.returns == [kept, [], []]
+    assert evaluator.score == pytest.approx(np.mean(kept) - 10.0)
 
 
 def test_a_single_fall_does_not_decide():
@@ -595,7 +589,8 @@ def spied(monkeypatch) -> list[dict]:
         actions, gains = originals[0](self, learner, obs, noise)
         if noise or self.kind == "probe":  # not the deployed policy's in an evaluation
             steps.append({"kind": self.kind, "noise": noise, "segments": self.segments, "recovering": self.recovering})
-            steps[-1] |= {"actions": actions, "copy": self.pairs[1], "learner": learner, "shares": [], "fits": []}
+            steps[-1] |= {"actions": actions, "alone": self.alone, "copy": self.pairs[self.alone], "learner": learner}
+            steps[-1] |= {"shares": [], "fits": []}
         return actions, gains
 
     def run_updates(agent, buffer, n, online_share=None):
@@ -620,20 +615,27 @@ def spied(monkeypatch) -> list[dict]:
 
 
 def test_who_acts_and_what_is_learned_in_each_step(toy_args, monkeypatch):
-    steps = spied(monkeypatch)
+    steps, begin = spied(monkeypatch), Evaluator.begin
+
+    def begun(self, *args):
+        begin(self, *args)
+        self.returns[2] = [0.0]  # as if the retained policy had replaced one of which one episode is known
+
+    monkeypatch.setattr(Evaluator, "begin", begun)
     args = toy_args | EASY | {"online_steps": 900, "reset_every": 200, "bound_errors": -1e3, "replace_confidence": 1e-9}
     train(Args(**args | {"recovery_ratio": 3, "segment_steps": 10, "eval_episodes": 1}))
     assert len(steps) == 900 and {step["kind"] for step in steps} == {"control", "probe", "trial", "select"}
     for step in steps:
         assert step["noise"] == (step["kind"] != "probe"), "probes are acted as deployed"  # [D1]
         if step["kind"] == "trial":
-            assert (step["action"] == step["of_copy"]).all(), "the frozen copy is tried"  # [D7]
+            assert (step["action"] == step["of_copy"]).all(), "a frozen policy, proposed or former, is tried"  # [D7]
         elif step["kind"] != "select":
             assert (step["action"] == step["actions"][int(step["kind"] == "probe")]).all()
         updates = 0 if step["segments"] < 4 else 3 if step["recovering"] else 1
         assert step["shares"] == [0.5] * updates  # [D3] [D9]
         assert step["fits"] in ([], [10 // 5])
     trials = [step for step in steps if step["kind"] == "trial"]
+    assert {step["alone"] for step in trials} == {1, 2}
     assert any((step["of_copy"] != step["of_learner"]).any() for step in trials), "and not the learner as it is by then"
     assert any(step["recovering"] for step in steps) and sum(map(len, (step["fits"] for step in steps))) > 20
 

@@ -1,8 +1,8 @@
 """Run folders -> tables, learning curves and per-seed values, beside the reported numbers.
 
-    python report.py runs/quick                       # writes results/
-    python report.py runs/quick --readme README.md    # also puts the tables between the README's markers
-    python report.py runs/new results                 # adds runs to an earlier report, whose run folders may be gone
+    python report.py runs/quick                       # writes runs/quick/report/
+    python report.py runs/quick --out results --readme README.md    # also puts the tables between README's markers
+    python report.py runs/new results --out results   # adds runs to an earlier report, whose run folders may be gone
 
 Every table is made from results/per_seed.csv alone, the figures from results/curves.csv. Means, interquartile means
 (IQM) and 95 % percentile intervals from a stratified bootstrap (runs drawn anew within each task), as Agarwal et al.
@@ -38,9 +38,9 @@ CURVES = ("online/normalized_score", "online/learner_score", *HELD)  # what the 
 INDIFFERENT = "env_id seed exp_name run_dir dataset offline_checkpoint save_every cuda compile cuda_graph track "
 INDIFFERENT = ABOUT + (INDIFFERENT + "wandb_project_name wandb_entity capture_video torch_deterministic").split()
 # Why a run is set apart whatever the others are; the last is written by hand into an earlier report's per_seed.csv.
-UNUSABLE = ("incomplete", "its learning curve and its summary.json disagree", "there twice", "superseded")
+UNUSABLE = ("incomplete", "its learning curve and its summary.json disagree", "superseded")
 PAIRS = [(script, other) for script in ("jsrl_gated", "sft_reset") for other in ("jsrl_gated_open", "iql_finetune")]
-PAIRS.append(("sft_reset", "sft_reset_online"))
+PAIRS += [("jsrl_gated", "jsrl_gated_no_gate"), ("sft_reset", "sft_reset_online"), ("sft_reset", "sft_reset_noreset")]
 ORDER = ["jsrl_gated", "sft_reset", "cal_ql", "iql_finetune", "jsrl_gated_open"]  # of rows; others after them
 COLORS = dict(zip(ORDER, ("#0072B2", "#D55E00", "#009E73", "#333333", "#56B4E9"), strict=True))
 MORE_COLORS = ("#CC79A7", "#E69F00", "#8B5A2B", "#7F3FBF", "#B0A000", "#888888")
@@ -51,7 +51,7 @@ REPORTED_AS |= {"jsrl_gated_random": "JSRL random"}
 @dataclass
 class Args:
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]  # folders of run folders, or of an earlier report
-    out: Path = Path("results")  # where tables, plots and per-seed values go
+    out: Path | None = None  # where tables, plots and per-seed values go; default: report/ in the first of `runs`
     reported: Path = Path(__file__).resolve().parent / "results" / "reported.csv"  # published numbers
     readme: Path | None = None  # file to update between its markers
 
@@ -136,11 +136,36 @@ def read_report(folder: Path) -> list[dict]:
             curves[point["run"]][point["tag"]].append((float(point["step"]), float(point["value"])))
     with open(folder / "per_seed.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    commands = (folder / "commands.txt").read_text().splitlines()
-    for row, row["command"] in zip(rows, commands, strict=True):
+    for row in rows:
         row |= {key: int(row[key]) for key in PROTOCOL} | settings[row["run"]]
         row["seed"], row["scalars"] = int(row["seed"]), {k: np.array(v) for k, v in curves[row["run"]].items()}
         row["apart"] = row["apart"] if row["apart"].startswith(UNUSABLE) else ""  # the rest is judged anew
+    return rows
+
+
+def merged(fresh: list[dict], earlier: list[dict]) -> list[dict]:
+    """Run folders take the place of what was reported of them, unless they have become runs of other settings or are
+    no longer complete. Run folders of one name get numbers."""
+    old, rows, times = defaultdict(list), [], Counter()
+    for row in earlier:
+        row["run"] = row["run"].split(" (")[0]
+        old[row["run"]].append(row)
+    for row in fresh:
+        there = old[row["run"]]
+        if row["apart"] and any(not before["apart"] for before in there):
+            print(f"{row['run']}: {row['apart']}; what was reported of it stays")
+            continue
+        rows.append(row)
+        other = [before for before in there if any(before[key] != row[key] for key in (*PROTOCOL, "settings"))]
+        old[row["run"]] = [before for before in other if not before["apart"].startswith(UNUSABLE[0])]
+        if old[row["run"]]:
+            print(f"{row['run']}: of other settings than what was reported of it, which is kept beside it")
+    rows += [row for run in old.values() for row in run]
+    rows.sort(key=lambda row: (row["task"], row["script"], row["seed"]))
+    for row in rows:
+        name = row["run"]
+        times[name] += 1
+        row["run"] += f" ({times[name]})" if times[name] > 1 else ""
     return rows
 
 
@@ -161,9 +186,6 @@ def set_apart(rows: list[dict]) -> None:
         for value in dict.fromkeys(tuple(row[key] for key in keys) for row in left):
             yield [row for row in left if tuple(row[key] for key in keys) == value]
 
-    for same in groups("task", "dataset_id", "script", "seed"):
-        for n, row in enumerate(same[1:], 2):
-            row |= {"apart": f"{UNUSABLE[2]}: {same[0]['command']}", "run": f"{row['run']} ({n})"}
     fine = [row for row in rows if not row["apart"]]
     for part in (
         [row for row in fine if row["script"] != "offline"],
@@ -176,6 +198,9 @@ def set_apart(rows: list[dict]) -> None:
         check(same, lambda row: {k: v for k, v in row["settings"].items() if k not in row["domain"]})
     for same in groups("task", "dataset_id", "script"):
         check(same, lambda row: row["settings"] | {"eval_env": row["eval_env"]})
+    for same in groups("task", "dataset_id", "script", "seed"):
+        for row in same[1:]:
+            row["apart"] = f"there twice: the other is {same[0]['run']}"
 
 
 def write_csv(rows: list[dict], path: Path) -> None:
@@ -278,13 +303,18 @@ def gained(values: np.ndarray) -> str:
     return f"{np.nanmean(values):,.0f} ({n} of {len(values)})" if n else f"never (0 of {len(values)})"
 
 
+def marks(rows) -> str:
+    return "†" * (len({row["code"] for row in rows}) > 1)
+
+
 def protocol(rows: list[dict]) -> str:
     """What all runs of the tables share."""
     rows, words = kept(rows), []
     for key in (*PROTOCOL, "versions", "device", "commit"):
         values = {row[key][:7] if key == "commit" else row[key] for row in rows}
-        values = ", ".join(sorted(f"{int(value):,}" if key in PROTOCOL else value for value in values))
-        words.append(f"{key.replace('_', ' ')} {values or '-'}")
+        listed = ", ".join(sorted(f"{int(value):,}" if key in PROTOCOL else value for value in values))
+        many = f"{len(values)} different, see per_seed.csv"
+        words.append(f"{key.replace('_', ' ')} {listed if len(values) < 4 else many}")
     return f"{len(rows)} runs; " + "; ".join(words) + "."
 
 
@@ -306,8 +336,13 @@ def main_table(rows: list[dict], reported: list[dict], every_metric: bool = Fals
     for task, dataset_id, script in unique(kept(rows), "task", "dataset_id", "script"):
         mine = [r for r in kept(rows) if (r["task"], r["dataset_id"], r["script"]) == (task, dataset_id, script)]
         value = {metric: interval(mean, [select(mine, metric)]) for metric in METRICS[:-1]}
-        seeds = f"{len(mine)}{'†' * (len({row['code'] for row in mine}) > 1)}"
-        cells = [label(task, dataset_id), script, seeds, show(value["offline_score"]), show(value["final_score"])]
+        cells = [
+            label(task, dataset_id),
+            script,
+            f"{len(mine)}{marks(mine)}",
+            show(value["offline_score"]),
+            show(value["final_score"]),
+        ]
         if every_metric:
             cells += [f"{iqm(select(mine, 'final_score')):.1f}", show(value["lowest_score"])]
         cells += [show(value["drop"]), show(value["degradation_area"]), show(value["regret"], 2)]
@@ -340,11 +375,14 @@ def samples_of(rows: list[dict], script: str, metric: str, tasks: list[tuple]) -
 
 
 def aggregate_table(rows: list[dict]) -> str:
+    """Over the tasks, of the scripts that have most of them."""
     scripts = [script for (script,) in unique(kept(rows), "script")]
     scripts.sort(key=lambda script: ORDER.index(script) if script in ORDER else 99)
+    count = {script: len(shared_tasks(rows, [script])) for script in scripts}
+    scripts = [script for script in scripts if count[script] == max(count.values())]
     tasks, body = shared_tasks(rows, scripts), []
     if not tasks:
-        return "No task has complete runs of every script.\n"
+        return "The scripts have no task in common.\n"
     for script in scripts:
         cells = [script, f"{len(tasks)}", sum(map(len, samples_of(rows, script, "drop", tasks)))]
         for statistic, metric in ((mean, "offline_score"), (mean, "final_score"), (iqm, "final_score")):
@@ -357,27 +395,32 @@ def aggregate_table(rows: list[dict]) -> str:
 
 
 def headline_table(rows: list[dict]) -> str:
-    """The claims of the two papers as measured here. A run that never gains counts with its whole online phase in the
-    ratio of steps_to_gain, over the tasks where either script has a run that gains."""
+    """The claims of the two papers as measured here, on the tasks and seeds that both of a pair have. A run that never
+    gains counts with its whole online phase in the ratio of steps_to_gain, over the tasks where either script has a run
+    that gains."""
     body = []
-    for script, other in PAIRS:
-        tasks = shared_tasks(rows, [script, other])
+    for names in PAIRS:
+        pair = [row for row in kept(rows) if row["script"] in names]
+        times = Counter((row["task"], row["dataset_id"], row["seed"]) for row in pair)
+        pair = [row for row in pair if times[row["task"], row["dataset_id"], row["seed"]] == 2]
+        tasks = unique(pair, "task", "dataset_id")
         if not tasks:
             continue
-        drops = [samples_of(rows, name, "drop", tasks) for name in (script, other)]
+        drops = [samples_of(pair, name, "drop", tasks) for name in names]
         less = interval(lambda *s, axis=-1: 100 * (1 - ratio(*s, axis=axis)), drops[0] + drops[1])
         length = float(kept(rows)[0]["online_steps"])
-        steps = [samples_of(rows, name, "steps_to_gain", tasks) for name in (script, other)]
+        steps = [samples_of(pair, name, "steps_to_gain", tasks) for name in names]
         moved = [i for i in range(len(tasks)) if np.isfinite(np.append(steps[0][i], steps[1][i])).any()]
         steps = [[np.where(np.isnan(part[i]), length, part[i]) for i in moved] for part in steps]
-        faster = (
-            f"{show(interval(ratio, steps[1] + steps[0]), 2, 'x')}, {len(moved)} tasks" if moved else "neither gains"
-        )
-        higher = [samples_of(rows, name, "final_score", tasks) for name in (script, other)]
-        cells = [script, other, len(tasks), f"{mean(*drops[1]):.1f} → {mean(*drops[0]):.1f}", show(less, 0, " %")]
+        faster, many = "neither gains", f"{len(moved)} task{'s' * (len(moved) > 1)}"
+        if moved:
+            faster = f"{show(interval(ratio, steps[1] + steps[0]), 2, 'x')}, {many}"
+        higher = [samples_of(pair, name, "final_score", tasks) for name in names]
+        cells = [name + marks(row for row in pair if row["script"] == name) for name in names]
+        cells += [len(tasks), len(pair) // 2, f"{mean(*drops[1]):.1f} → {mean(*drops[0]):.1f}", show(less, 0, " %")]
         body.append([*cells, faster, show(interval(improvement, higher[0] + higher[1]), 2),
                      show(interval(improvement, drops[1] + drops[0]), 2)])  # fmt: skip
-    head = ["script", "against", "tasks", "mean drop", "drop reduced by", "steps to gain, times fewer"]
+    head = ["script", "against", "tasks", "runs each", "mean drop", "drop reduced by", "steps to gain, times fewer"]
     return table([*head, "P(higher final)", "P(smaller drop)"], body) if body else ""
 
 
@@ -414,11 +457,13 @@ def apart_list(rows: list[dict]) -> str:
 
 
 NOTES = """
-Score: 0 is a random policy, 100 an expert. Values are means over seeds with 95 % stratified-bootstrap intervals.
-STAND-IN: trained on our own stand-in for the official dataset, not comparable with a reported number. Reported: after
-1M offline steps, on the original datasets. Steps to gain: mean over the runs that gained 10 points, and how many did;
-in the ratio of two scripts a run that never gains counts with its whole online phase. †: with more than one version of
-the script (column `code` of per_seed.csv). ‡: from memory, not confirmed.
+Score: 0 is a random policy, 100 an expert. Values are means over seeds with 95 % stratified-bootstrap intervals in
+brackets. STAND-IN: trained on our own stand-in for the official dataset, not comparable with a reported number.
+Reported: after 1M offline steps, on the original datasets. Two scripts are compared on the tasks and seeds that both
+have; P: the chance that a run of the first does better than one of the second on the same task, a tie counting half.
+Steps to gain: mean over the runs that gained 10 points, and how many did; in the ratio of two scripts, which is over
+the tasks where one of them gains, a run that never does counts with its whole online phase. †: with more than one
+version of the script (column `code` of per_seed.csv). ‡: from memory, not confirmed.
 """
 
 
@@ -435,7 +480,7 @@ def all_tables(rows: list[dict], reported: list[dict]) -> str:
     sections = {
         "Headline": headline_table(rows) or "No pair measured.\n",
         "Per task": main_table(rows, reported, every_metric=True) + NOTES,
-        "Over the tasks that every script has": aggregate_table(rows),
+        "Over the tasks, scripts that have most of them": aggregate_table(rows),
         "Offline": offline_table(rows, reported),
         "Reported online": reported_table(rows, reported),
         "Listed apart": apart_list(rows),
@@ -503,7 +548,8 @@ def draw_task(axes, rows: list[dict], color: dict[str, str]) -> None:
         starts.setdefault(color[row["script"]] if own else "black", []).append(float(row["offline_score"]))
     for line, values in starts.items():
         top.axhline(np.mean(values), color=line, ls="--", lw=1)
-    top.set_title(label(rows[0]["task"], rows[0]["dataset_id"]), fontsize=10)
+    seeds = ", ".join(map(str, sorted({int(row["seed"]) for row in rows})))
+    top.set_title(f"{label(rows[0]['task'], rows[0]['dataset_id'])}, seeds {seeds}", fontsize=10)
     top.grid(alpha=0.25)
     top.set_ylabel("normalised score", fontsize=9)
     for bottom in axes[1:]:
@@ -559,48 +605,40 @@ def main(args: Args) -> None:
     for path in filter(None, (args.reported, args.readme)):
         if not path.is_file():
             fail(f"there is no {path}; --reported and --readme name files that are there")
-    earlier = {}
+    earlier, out = [], args.out or args.runs[0] / "report"
     for folder in args.runs:
         if (folder / "per_seed.csv").exists():
             try:
-                earlier |= {row["run"]: row for row in read_report(folder)}
+                earlier += read_report(folder)
             except (OSError, LookupError, ValueError) as error:
                 fail(f"cannot read the report in {folder} ({error!r}); give the run folders, or restore it from git")
-    fresh = []
-    for row in read_runs(args.runs):
-        if row["apart"] and not earlier.get(row["run"], row)["apart"]:
-            print(f"{row['run']}: {row['apart']}; what was reported of it stays")
-        else:
-            fresh.append(row)
-    there = {row["run"] for row in fresh}  # run folders take the place of what was reported of them
-    found = fresh + [row for run, row in earlier.items() if run not in there]
+    found = merged(read_runs(args.runs), earlier)
     if not found:
         fail(f"no run folders in {', '.join(map(str, args.runs))}; give what was --run-dir")
-    found.sort(key=lambda row: (row["task"], row["script"], row["seed"]))
     set_apart(found)
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_csv(found, args.out / "per_seed.csv")
-    write_curves(found, args.out / "curves.csv")
-    kept_settings = {row["run"]: {key: row[key] for key in ("settings", "domain")} for row in found}
-    (args.out / "settings.json").write_text(json.dumps(kept_settings, indent=1) + "\n")
-    (args.out / "commands.txt").write_text("".join(f"{row['command']}\n" for row in found))
-    rows = read_csv(args.out / "per_seed.csv")
+    out.mkdir(parents=True, exist_ok=True)
+    write_csv(found, out / "per_seed.csv")
+    write_curves(found, out / "curves.csv")
+    kept_settings = {row["run"]: {key: row[key] for key in ("settings", "domain", "command")} for row in found}
+    (out / "settings.json").write_text(json.dumps(kept_settings, indent=1) + "\n")
+    (out / "commands.txt").write_text("".join(f"{row['command']}\n" for row in found))
+    rows = read_csv(out / "per_seed.csv")
     with open(args.reported, newline="") as file:
         reported = list(csv.DictReader(file))
-    (args.out / "table.md").write_text(all_tables(rows, reported))
+    (out / "table.md").write_text(all_tables(rows, reported))
     if args.readme:
-        out = os.path.relpath(args.out, args.readme.parent)
-        update_readme(args.readme, readme_block(rows, reported, out), out)
+        name = os.path.relpath(out, args.readme.parent)
+        update_readme(args.readme, readme_block(rows, reported, name), name)
     drawn = [row for row in kept(found) if "online/normalized_score" in row["scalars"]]
     if drawn:
-        draw(drawn, args.out / "curves.png")
+        draw(drawn, out / "curves.png")
     for task, dataset_id in unique(drawn, "task", "dataset_id"):
         name = task.replace("/", "_") + ("" if sum(t == task for t, _ in unique(drawn, "task", "dataset_id")) == 1 else
                                          "_" + dataset_id.replace("/", "_"))  # fmt: skip
-        draw([r for r in drawn if (r["task"], r["dataset_id"]) == (task, dataset_id)], args.out / f"curves_{name}.png")
+        draw([r for r in drawn if (r["task"], r["dataset_id"]) == (task, dataset_id)], out / f"curves_{name}.png")
     print(headline_table(rows) + "\n" + main_table(rows, reported))
     n = sum(bool(row["apart"]) for row in rows)
-    print(f"{len(kept(rows))} runs in the tables, {n} apart; see {args.out / 'table.md'}")
+    print(f"{len(kept(rows))} runs in the tables, {n} apart; see {out / 'table.md'}")
 
 
 if __name__ == "__main__":

@@ -121,7 +121,7 @@ def test_where_neither_script_drops_there_is_no_ratio(tmp_path):
     for script in ("jsrl_gated", "iql_finetune"):
         make_run(tmp_path / "runs", script=script, scores=(50, 51, 52))
     _, text = run_report(tmp_path / "runs", out=tmp_path / "out")
-    assert cells(text, "jsrl_gated", "iql_finetune")[2:6] == ["1", "0.0 → 0.0", "- %", "neither gains"]
+    assert cells(text, "jsrl_gated", "iql_finetune")[2:7] == ["1", "1", "0.0 → 0.0", "- %", "neither gains"]
 
 
 def test_runs_of_more_than_one_version_of_a_script_are_marked(tmp_path):
@@ -131,7 +131,7 @@ def test_runs_of_more_than_one_version_of_a_script_are_marked(tmp_path):
     assert cells(report.main_table(rows, []), "iql_finetune")[2] == "2"
     (path / "iql_finetune.py").write_text((path / "iql_finetune.py").read_text() + "# changed\n")
     rows, text = run_report(tmp_path / "runs", out=tmp_path / "two")
-    assert cells(report.main_table(rows, []), "iql_finetune")[2] == "2†" and "†: with more than one version" in text
+    assert cells(report.main_table(rows, []), "iql_finetune")[2] == "2†" and "†: with more than one\nversion" in text
 
 
 def test_headline(tmp_path):
@@ -140,13 +140,32 @@ def test_headline(tmp_path):
         make_run(tmp_path / "runs", script="jsrl_gated", seed=seed, scores=(50, 50 - drop, 61, 61, 61))
     make_run(tmp_path / "runs", seed=1, scores=(50, 42, 61, 61, 61))
     make_run(tmp_path / "runs", seed=2, scores=(50, 42, 50, 50, 50))
-    rows, text = run_report(tmp_path / "runs", out=tmp_path / "out")
+    make_run(tmp_path / "runs", seed=3, scores=(50, 0, 0, 0, 0))  # a seed and a task that jsrl_gated does not have
+    make_run(tmp_path / "runs", task="walker2d-medium", seed=1, scores=(50, 0, 0, 0, 0))
+    _, text = run_report(tmp_path / "runs", out=tmp_path / "out")
     line = cells(text, "jsrl_gated", "iql_finetune")
-    assert line[2:5] == ["1", "8.0 → 2.0", "75 % [62, 88]"]
-    assert (
-        line[5] == "1.50x [1.00, 2.00], 1 tasks" and line[6] == "0.75 [0.50, 1.00]" and line[7] == "1.00 [1.00, 1.00]"
-    )
-    assert cells(report.aggregate_table(rows), "jsrl_gated")[1:3] == ["1", "2"]
+    assert line[2:6] == ["1", "2", "8.0 → 2.0", "75 % [62, 88]"]
+    assert line[6:] == ["1.50x [1.00, 2.00], 1 task", "0.75 [0.50, 1.00]", "1.00 [1.00, 1.00]"]
+
+
+def test_headline_marks_scripts_of_more_than_one_version(tmp_path):
+    for seed in (1, 2):
+        path = make_run(tmp_path / "runs", script="jsrl_gated", seed=seed)
+        make_run(tmp_path / "runs", seed=seed)
+    (path / "jsrl_gated.py").write_text((path / "jsrl_gated.py").read_text() + "# changed\n")
+    _, text = run_report(tmp_path / "runs", out=tmp_path / "out")
+    assert cells(text, "jsrl_gated†", "iql_finetune")
+
+
+def test_scripts_that_have_fewer_tasks_do_not_empty_the_table_over_tasks(tmp_path):
+    for task in ("hopper-medium", "walker2d-medium"):
+        for script in ("jsrl_gated", "iql_finetune"):
+            make_run(tmp_path / "runs", task=task, script=script)
+    make_run(tmp_path / "runs", script="jsrl_gated_no_gate")
+    rows, _ = run_report(tmp_path / "runs", out=tmp_path / "out")
+    table = report.aggregate_table(rows)
+    assert cells(table, "jsrl_gated")[1:3] == cells(table, "iql_finetune")[1:3] == ["2", "2"]
+    assert "jsrl_gated_no_gate" not in table
 
 
 def test_listed_apart_and_never_averaged(tmp_path):
@@ -288,6 +307,35 @@ def test_runs_are_added_to_an_earlier_report(tmp_path, capsys):
     assert [row["final_score"] for row in rows if row["seed"] == "3"] == [80, 70] and len(rows) == 8
 
 
+def test_a_run_of_other_settings_does_not_take_the_place_of_a_reported_one(tmp_path, capsys):
+    for seed in (1, 2, 3):
+        make_run(tmp_path / "full", seed=seed)
+    run_report(tmp_path / "full", out=tmp_path / "results")
+    make_run(tmp_path / "trial", seed=1, scores=(50, 40))  # fewer steps
+    for _ in range(2):  # reported again, nothing is there twice
+        rows, _ = run_report(tmp_path / "trial", tmp_path / "results", out=tmp_path / "results")
+        assert "of other settings than what was reported of it, which is kept" in capsys.readouterr().out
+        assert sorted(row["seed"] for row in rows if not row["apart"]) == ["1", "2", "3"]
+        assert [row["apart"][:18] for row in rows if row["apart"]] == ["different settings"] and len(rows) == 4
+
+
+@pytest.mark.parametrize("order", [("trial", "full"), ("full", "trial")])
+def test_of_two_runs_of_a_seed_that_of_the_settings_of_the_others_stays(tmp_path, order):
+    for seed in (1, 2, 3):
+        make_run(tmp_path / "full", seed=seed)
+    make_run(tmp_path / "trial", seed=1, scores=(50, 40))
+    rows, _ = run_report(*(tmp_path / name for name in order), out=tmp_path / "out")
+    assert sorted(row["seed"] for row in rows if not row["apart"]) == ["1", "2", "3"]
+
+
+def test_without_out_nothing_but_the_run_folder_is_written_to(tmp_path, monkeypatch):
+    make_run(tmp_path / "runs")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    report.main(report.Args((tmp_path / "runs",)))
+    assert (tmp_path / "runs/report/per_seed.csv").exists() and not list((tmp_path / "elsewhere").iterdir())
+
+
 def test_two_runs_of_one_folder_name_keep_their_own_curves(tmp_path):
     make_run(tmp_path / "a")
     make_run(tmp_path / "b", scores=(70, 70, 70))
@@ -323,7 +371,7 @@ def test_what_cannot_be_read_is_one_line_before_anything_is_written(tmp_path, ca
 DAMAGE = [("curves.csv", None), ("settings.json", None), ("settings.json", ""), ("settings.json", "{}")]
 
 
-@pytest.mark.parametrize(("name", "text"), [*DAMAGE, ("commands.txt", "one\ntoo many\n")])
+@pytest.mark.parametrize(("name", "text"), DAMAGE)
 def test_a_damaged_report_is_one_clear_line_and_stays_as_it_is(tmp_path, capsys, name, text):
     make_run(tmp_path / "runs")
     run_report(tmp_path / "runs", out=tmp_path / "out")

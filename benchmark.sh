@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# Every number of the README: tasks x scripts x seeds, side by side on this machine or as SLURM job arrays.
+# Tasks x scripts x seeds, side by side on this machine or as SLURM job arrays; then: python report.py RUN_DIR
 #
-#   ./benchmark.sh                      preset quick, into runs/quick; then: python report.py runs/quick
+#   ./benchmark.sh                      preset quick: 50k + 25k steps into runs/quick, 60 core-hours: a night on 8 cores
+#   ./benchmark.sh --preset readme      the runs of the README's main table, three seeds of each, 40 core-hours
 #   ./benchmark.sh --preset full        1M + 1M steps, 5 seeds, every task family, every variant (a cluster's work)
 #   ./benchmark.sh --tasks "hopper-medium" --scripts "jsrl_gated jsrl_gated:open" --seeds "1 2" --online-steps 20000
 #   ./benchmark.sh --dry-run            print what is left to run, one command a line
 #   ./benchmark.sh --slurm --workers 8  the same as job arrays, at most 8 at a time; --sbatch "--gres=gpu:1 --time=8:00:00"
 #   ./benchmark.sh speed [--json]       updates/s and steps/s of each script; [--scripts ...] [--threads "1 2"]
 #
-# Options: --preset quick|full --tasks --scripts --seeds --offline-steps --online-steps --workers --run-dir --dry-run
+# Options: --preset quick|readme|full --tasks --scripts --seeds --offline-steps --online-steps --workers --run-dir --dry-run
 #          --slurm --sbatch "OPTIONS"; whatever follows -- goes to every command (-- --dataset stand-in --no-cuda).
 # Each offline phase (IQL) is trained once per task and seed, as `offline`, and shared through --offline-checkpoint;
 # cal_ql trains its own. Runs that are complete (summary.json) are skipped, others continued with --resume: stop this at
@@ -28,10 +29,16 @@ declare -A FLAGS=( # variant -> flags beside its script's defaults; script:word 
 )
 
 preset() {
+  EXTRA=()
   case $1 in
     quick)
       TASKS="hopper-medium walker2d-medium halfcheetah-medium walker2d-expert pointmaze-medium" SEEDS="1 2 3"
-      SCRIPTS="cal_ql jsrl_gated sft_reset iql_finetune jsrl_gated:open" OFFLINE_STEPS=100000 ONLINE_STEPS=50000 ;;
+      SCRIPTS="cal_ql jsrl_gated sft_reset iql_finetune jsrl_gated:open" OFFLINE_STEPS=50000 ONLINE_STEPS=25000 ;;
+    readme)
+      TASKS="hopper-medium walker2d-medium halfcheetah-medium walker2d-expert" SEEDS="1 2 3"
+      SCRIPTS="jsrl_gated sft_reset iql_finetune jsrl_gated:open jsrl_gated:curriculum sft_reset:online sft_reset:noreset"
+      OFFLINE_STEPS=200000 ONLINE_STEPS=50000
+      EXTRA=(--dataset stand-in --compile --matmul-precision medium --eval-every 2500) ;;
     full)
       TASKS=$(echo {hopper,walker2d,halfcheetah}-medium{,-replay,-expert} antmaze-umaze{,-diverse} \
         antmaze-{medium,large}-{play,diverse} {pen,door,hammer,relocate}-{human,cloned} kitchen-{complete,partial,mixed})
@@ -39,7 +46,7 @@ preset() {
       SCRIPTS+=" jsrl_gated:random jsrl_gated:no_promote sft_reset sft_reset:online sft_reset:offline"
       SCRIPTS+=" sft_reset:noreset sft_reset:forget iql_finetune iql_finetune:mixed"
       SEEDS="1 2 3 4 5" OFFLINE_STEPS=1000000 ONLINE_STEPS=1000000 ;;
-    *) fail "unknown preset $1; there are quick and full" ;;
+    *) fail "unknown preset $1; there are quick, readme and full" ;;
   esac
   RUN_DIR=runs/$1
 }
@@ -60,7 +67,7 @@ line() { # TASK EXP_NAME SEED SCRIPT [FLAG]...: what a list holds of one run, it
   folder "$1" "$2" "$3"
   printf '%s\tpython %s.py' "$NAME" "$4"
   printf ' %q' --env-id "$1" --seed "$3" "${named[@]}" --offline-steps "$OFFLINE_STEPS" --run-dir "$RUN_DIR" \
-    "${@:5}" "${EXTRA[@]}"
+    --resume "${@:5}" "${EXTRA[@]}"
   printf '\n'
 }
 
@@ -89,18 +96,19 @@ left() { # LIST: its lines whose run is not complete
 
 # shellcheck disable=SC2329  # this and the next are called through xargs, and by SLURM
 run_one() { # LINE: run it to its end under its lock, so that no two processes ever work on one run folder
-  local name=${1%%$'\t'*} command=${1#*$'\t'} warned="" status=0 pid
+  local name=${1%%$'\t'*} command=${1#*$'\t'} asked="" warned="" status=0 pid
   exec 9>"$RUN_DIR/logs/$name.lock" # inherited by the command: held as long as that lives, even if this shell is killed
   flock 9
   [[ -e $RUN_DIR/$name/summary.json ]] && return
-  [[ -z ${BENCHMARK:-} ]] || kill -0 "$BENCHMARK" 2>/dev/null || return 0 # benchmark.sh is gone: start nothing more
+  [[ -z ${BENCHMARK_PID:-} ]] || kill -0 "$BENCHMARK_PID" 2>/dev/null || return 0 # benchmark.sh is gone: start nothing more
   echo "$command" >"$RUN_DIR/logs/$name.command"
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TQDM_MININTERVAL=${TQDM_MININTERVAL:-30}
-  trap : TERM                               # the command gets it too, saves and ends
-  trap 'warned=1; kill -USR1 "$pid"' USR1   # SLURM's warning comes to this shell alone
-  bash -c "exec $command --resume" >>"$RUN_DIR/logs/$name.log" 2>&1 </dev/null &
+  trap 'asked=1' TERM                               # the command gets it too, saves and ends
+  trap 'asked=1 warned=1; kill -USR1 "$pid"' USR1   # SLURM's warning comes to this shell alone
+  bash -c "exec $command" >>"$RUN_DIR/logs/$name.log" 2>&1 </dev/null &
   pid=$!
-  while wait "$pid" || status=$?; kill -0 "$pid" 2>/dev/null; do status=0; done # a signal ends a wait
+  while wait "$pid" || status=$?; kill -0 "$pid" 2>/dev/null; do status=0; done # a signal ends a wait ...
+  [[ -z $asked ]] || status=0                                                   # ... with a status of its own
   if [[ -n $warned && ! -e $RUN_DIR/$name/summary.json ]]; then scontrol requeue "$SLURM_JOB_ID"; fi
   return "$status"
 }
@@ -134,28 +142,33 @@ run_here() { # LIST: what is left of it, WORKERS at a time
   trap - INT TERM
 }
 
-submit() { # LIST DEPENDENCY: what is left of it as job arrays, as many as SLURM's MaxArraySize asks for; prints their ids
-  local most first last list=$1
-  most=$(scontrol show config | awk '$1 == "MaxArraySize" {print $3}')
+submit() { # LIST ID: what is left of it as job arrays, each of at most SLURM's MaxArraySize, that start one after another,
+  # the first after job ID; prints their ids. afterany, not afterok: where one offline phase failed, its own dependents
+  # say so and the others run.
+  local most first last list=$1 id=$2
+  most=$(scontrol show config | awk '$1 == "MaxArraySize" {print $3}') && ((most > 0)) || return
   mapfile -t lines < <(left "$list")
   for ((first = 0; first < ${#lines[@]}; first += most)); do
     last=$((first + most < ${#lines[@]} ? most : ${#lines[@]} - first))
-    # shellcheck disable=SC2086  # SBATCH and $2 are words
-    sbatch --parsable --requeue --job-name="$JOB" --array="0-$((last - 1))%$WORKERS" --signal=B:USR1@600 --chdir="$PWD" \
-      --open-mode=append --output="$RUN_DIR/logs/slurm-%A_%a.log" $2 $SBATCH <<EOF
+    # shellcheck disable=SC2086  # SBATCH is words
+    id=$(sbatch --parsable --requeue --job-name="$JOB" --array="0-$((last - 1))%$WORKERS" --signal=B:USR1@600 --chdir="$PWD" \
+      --open-mode=append --output="$RUN_DIR/logs/slurm-%A_%a.log" ${id:+"--dependency=afterany:$id"} $SBATCH <<EOF
 #!/usr/bin/env bash
+unset BENCHMARK_PID
 RUN_DIR=$(printf %q "$RUN_DIR")
 $(declare -f run_one)
 $(declare -p lines)
 run_one "\${lines[$first + SLURM_ARRAY_TASK_ID]}"
 EOF
+    ) || return
+    echo "$id"
   done
 }
 
 speed() {
   python - "$@" <<'EOF'
 """Offline updates/s and online environment steps/s of each script, and the share of the machine's own limit."""
-import argparse, atexit, contextlib, importlib, io, itertools, json, os, shutil, sys, tempfile, time
+import argparse, atexit, contextlib, dataclasses, importlib, io, itertools, json, os, shutil, sys, tempfile, time
 from functools import partial
 
 import numpy as np
@@ -167,7 +180,8 @@ KNOWN = {"scripts": "iql_finetune jsrl_gated sft_reset cal_ql", "modes": "eager 
 parser = argparse.ArgumentParser("benchmark.sh speed", description=__doc__)
 parser.add_argument("--json", action="store_true", help="one JSON list instead of a table")
 parser.add_argument("--scripts", default=KNOWN["scripts"])
-parser.add_argument("--threads", default="1 2", help="of PyTorch on the CPU")
+parser.add_argument("--threads", default="1 2", type=lambda words: [int(word) for word in words.split()],
+                    help="of PyTorch on the CPU")
 parser.add_argument("--modes", default=KNOWN["modes"], help="graph: with CUDA only")
 parser.add_argument("--precisions", default="highest medium", help="--matmul-precision; highest is float32")
 parser.add_argument("--seconds", type=float, default=5, help="of each offline measurement")
@@ -179,6 +193,9 @@ for option, known in KNOWN.items():
 sys.path.insert(0, os.getcwd())
 OBS, ACTION, N = 11, 3, 100_000  # hopper's sizes
 CUDA = torch.cuda.is_available()
+MODES = [mode for mode in cli.modes.split() if CUDA or "graph" not in mode]
+if not MODES:
+    parser.error("--modes: a graph needs a CUDA device, and there is none here; there are: eager compile")
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 
 
@@ -255,15 +272,13 @@ def main():
     warnings.simplefilter("ignore")
     toy_dataset()
     rows = []
-    modes = [mode for mode in cli.modes.split() if CUDA or "graph" not in mode]
-    threads = [1] if CUDA else [int(n) for n in cli.threads.split()]
-    for n, precision in itertools.product(threads, cli.precisions.split()):
+    for n, precision in itertools.product([1] if CUDA else cli.threads, cli.precisions.split()):
         os.environ["OMP_NUM_THREADS"] = str(n)
         torch.set_num_threads(n)
         torch.set_float32_matmul_precision(precision)
         a, b = (torch.randn(256, 256, device=DEVICE) for _ in range(2))
         limit = 2 * 256**3 * rate(lambda: [a @ b for _ in range(50)], 50, min(cli.seconds, 2))
-        for name, mode in itertools.product(cli.scripts.split(), modes):
+        for name, mode in itertools.product(cli.scripts.split(), MODES):
             script = importlib.import_module(name)
             args = script.Args(
                 env_id="o2o/hopper/speed-v0", cuda=CUDA, offline_steps=50, online_steps=cli.online_steps,
@@ -271,16 +286,11 @@ def main():
                 matmul_precision=precision)
             if "warmup_steps" in vars(args):  # before the phase that is timed
                 args.warmup_steps = 10
-            domain = args.domain_values["any"] | args.domain_values["locomotion"]
-            unset = [key for key in domain if getattr(args, key) is None]
-            for key in unset:
-                setattr(args, key, domain[key])
+            domain = args.domain_values["any"] | args.domain_values["locomotion"]  # which train() finds itself
             row = {"script": name, "mode": mode, "threads": n, "precision": precision}
             try:
-                row["updates_per_s"], flops = offline(script, args, mode)
+                row["updates_per_s"], flops = offline(script, dataclasses.replace(args, **domain), mode)
                 torch.set_num_threads(n)
-                for key in unset:  # train() finds the values itself
-                    setattr(args, key, None)
                 row["steps_per_s"] = online(script, args)
                 row |= {"gflop_per_update": flops / 1e9, "limit_updates_per_s": limit / flops}
                 row["share_of_limit"] = row["updates_per_s"] * flops / limit
@@ -307,9 +317,9 @@ EOF
 
 # ---- command line ----
 [[ ${1:-} == speed ]] && { speed "${@:2}"; exit; }
-WORKERS=$(nproc) DRY_RUN="" SLURM="" SBATCH="--gres=gpu:1 --cpus-per-task=2" EXTRA=()
+WORKERS=$(nproc) DRY_RUN="" SLURM="" SBATCH="--gres=gpu:1 --cpus-per-task=2" own=" $* "
 preset quick
-[[ " $* " =~ \ --preset\ ([^ ]+) ]] && preset "${BASH_REMATCH[1]}" # first, so that other options win over it
+[[ "${own%% -- *} " =~ \ --preset\ ([^ ]+) ]] && preset "${BASH_REMATCH[1]}" # first, so that other options win over it
 while (($#)); do
   case $1 in
     --preset) ;;
@@ -323,11 +333,11 @@ while (($#)); do
     --sbatch) SBATCH=${2:-} ;;
     --dry-run) DRY_RUN=1; shift; continue ;;
     --slurm) SLURM=1; shift; continue ;;
-    --) EXTRA=("${@:2}"); break ;;
+    --) EXTRA+=("${@:2}"); break ;;
     -h | --help) sed -n '2,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit ;;
     *) fail "unknown option $1; see --help" ;;
   esac
-  (($# > 1)) || fail "$1 needs a value; see --help"
+  [[ -n ${2:-} ]] || [[ $1 == --sbatch && -v 2 ]] || fail "$1 needs a value; see --help"
   shift 2
 done
 for script in $SCRIPTS; do [[ -v FLAGS[$script] ]] || fail "unknown script $script; there are: ${!FLAGS[*]}"; done
@@ -339,6 +349,8 @@ for number in $OFFLINE_STEPS $ONLINE_STEPS $WORKERS; do
 done
 
 # ---- the lists ----
+twice=$({ offline_runs; online_runs; } | cut -f 1 | sort | uniq -d | head -n 1)
+[[ -z $twice ]] || fail "two runs would share the folder $twice; give each task, script and seed once"
 if [[ -n $DRY_RUN ]]; then
   for list in offline_runs online_runs; do left <($list) | cut -f 2-; done
   exit
@@ -360,17 +372,18 @@ if [[ -n $SLURM ]]; then
   command -v sbatch >/dev/null || fail "--slurm: no sbatch here"
   JOB=cleano2o:$(realpath "$RUN_DIR")
   [[ -z $(squeue --noheader --name "$JOB") ]] || fail "runs of $RUN_DIR are in the queue already (squeue --name $JOB)"
-  ids=$(submit "$RUN_DIR/logs/offline.tsv" "")
-  # afterany, not afterok: where one offline phase failed, its own dependents say so and the others run
-  ids+=" $(submit "$RUN_DIR/logs/online.tsv" "${ids:+--dependency=afterany:${ids//$'\n'/:}}")"
-  echo "submitted:" "${ids//$'\n'/ }"
-  exit
+  if ids=$(submit "$RUN_DIR/logs/offline.tsv" "") && ids+=$'\n'$(submit "$RUN_DIR/logs/online.tsv" "${ids##*$'\n'}"); then
+    echo "submitted:" "${ids//$'\n'/ }"
+    exit
+  fi
+  ids=${ids//$'\n'/ }
+  fail "sbatch refused (see above); scancel what it had queued before you try again: ${ids:-nothing}"
 fi
 
 # ---- this machine ----
-TOTAL=$(wc -l <"$RUN_DIR/logs/runs.tsv") BEGAN=$EPOCHSECONDS BENCHMARK=$$
+TOTAL=$(wc -l <"$RUN_DIR/logs/runs.tsv") BEGAN=$EPOCHSECONDS BENCHMARK_PID=$$
 COMPLETE=$((TOTAL - $(left "$RUN_DIR/logs/runs.tsv" | wc -l)))
-export RUN_DIR TOTAL COMPLETE BEGAN BENCHMARK
+export RUN_DIR TOTAL COMPLETE BEGAN BENCHMARK_PID
 export -f run_and_tell run_one left
 echo "$TOTAL runs, $COMPLETE complete, $WORKERS at a time; logs in $RUN_DIR/logs"
 run_here "$RUN_DIR/logs/offline.tsv"

@@ -1,5 +1,6 @@
 """benchmark.sh with scripts that only pretend to train: which commands, each once, and going on after a kill."""
 
+import json
 import os
 import shutil
 import signal
@@ -10,14 +11,16 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 STUB = r"""#!/usr/bin/env bash
 # Stands in for `python`: writes what a run leaves behind, and to starts.txt and ends.txt which ran.
 while (($#)); do case $1 in
   --env-id) task=$2; shift ;; --seed) seed=$2; shift ;; --exp-name) exp=$2; shift ;; --run-dir) dir=$2; shift ;;
-  --offline-checkpoint) checkpoint=$2; shift ;; *.py) exp=${exp:-${1%.py}} ;;
+  --offline-checkpoint) checkpoint=$2; shift ;; --resume) resume=1 ;; *.py) exp=${exp:-${1%.py}} ;;
 esac; shift; done
+[[ -n ${resume:-} ]] || exit 4
 name=${task}__${exp}__$seed
 echo "$name $OMP_NUM_THREADS" >>starts.txt
 trap 'echo "$name stopped" >>starts.txt; exit 0' TERM
@@ -88,7 +91,7 @@ def test_dry_run_lists_the_commands(bench):
     common, tail = "--offline-steps 100 --run-dir runs/test", "--dataset stand-in"
     start = "--offline-checkpoint runs/test/{run}/offline.pt"
     expected = [
-        f"python {script}.py --env-id {task} --seed {seed} {exp}{common} --online-steps {more} {tail}"
+        f"python {script}.py --env-id {task} --seed {seed} {exp}{common} --resume --online-steps {more} {tail}"
         for script, exp, more in (
             ("iql_finetune", "--exp-name offline ", "2"),
             ("cal_ql", "", "50"),
@@ -101,6 +104,10 @@ def test_dry_run_lists_the_commands(bench):
     runs = [f"{task}-medium__offline__{seed}" for task in ("hopper", "walker2d") for seed in (1, 2)]
     expected = [line.format(run=runs[i % 4]) for i, line in enumerate(expected)]
     assert code == 0 and output.splitlines() == expected
+    words = ARGS[: ARGS.index("--offline-steps")]
+    _, readme = bench("--preset", "readme", *words, "--dry-run", "--", "--no-cuda", "--preset", "full")
+    tail = "--dataset stand-in --compile --matmul-precision medium --eval-every 2500 --no-cuda --preset full"
+    assert all(f"{line} ".endswith(f" {tail} ") and "runs/readme" in line for line in readme.splitlines())
     assert not (bench.folder / "runs").exists()  # nothing was touched
 
 
@@ -143,11 +150,17 @@ def test_failed_run_is_told_and_stops_nothing(bench):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_killed_and_started_again(bench, number):
-    process = bench.start(*ARGS, SLOW="10")
-    wait_for(lambda: len(bench.lines("ends.txt")) >= 2)
+    process = bench.start(*ARGS, SLOW="20")
+    wait_for(lambda: len(bench.lines("ends.txt")) >= 3 and len(bench.lines("starts.txt")) >= 4)
+    time.sleep(0.5)  # the fourth, of a second, is under way
     process.send_signal(number)
     process.wait(timeout=30)
     assert len(bench.lines("ends.txt")) < 16
+    told = process.stdout.read()
+    assert (": stopped" in told) == (number != signal.SIGKILL), told
+    started = len(bench.lines("starts.txt"))
+    time.sleep(1.5)  # those under way go on to their end after a SIGKILL, or have saved
+    assert sum("stopped" not in line for line in bench.lines("starts.txt")[started:]) == 0, "nothing new is begun"
     code, output = bench(*ARGS, SLOW="1")
     assert code == 0 and "all 16 runs complete" in output
     assert sorted(bench.lines("ends.txt")) == sorted(NAMES)  # each came to its end once
@@ -175,6 +188,10 @@ def test_two_at_once(bench):
         (["--seeds", "one"], "one is not a whole number"),
         (["--seeds", "01"], "01 is not a whole number"),
         (["--workers"], "--workers needs a value"),
+        (["--tasks", ""], "--tasks needs a value"),
+        (["--online-steps", "", "--dry-run"], "--online-steps needs a value"),
+        (["--seeds", "1 2 1"], "two runs would share the folder halfcheetah-medium__cal_ql__1"),
+        (["--tasks", "a/hopper.hdf5 b/hopper.hdf5"], "two runs would share the folder hopper__cal_ql__1"),
     ],
 )
 def test_bad_usage(bench, args, message):
@@ -182,9 +199,78 @@ def test_bad_usage(bench, args, message):
     assert code == 2 and output.startswith(f"error: {message}") and output.count("\n") == 1
 
 
-@pytest.mark.parametrize("option, word", [("modes", "eager,compile"), ("scripts", "sac"), ("precisions", "low")])
-def test_speed_refuses_what_it_does_not_know(option, word):
+SLURM = {  # of SLURM what benchmark.sh calls: jobs get the numbers 1, 2, ..., of which that of $REFUSE is refused
+    "sbatch": """#!/usr/bin/env bash
+job=$(($(cat jobs 2>/dev/null || echo 0) + 1))
+[[ $job == "${REFUSE:-}" ]] && { echo "sbatch: error: no" >&2; exit 1; }
+echo $job >jobs
+echo "$@" >>sbatch.txt
+cat >job_$job.sh
+echo $job
+""",
+    "scontrol": "#!/usr/bin/env bash\necho 'MaxArraySize            = 3'\n",
+    "squeue": "#!/usr/bin/env bash\n",
+}
+
+
+@pytest.fixture
+def fake_slurm(bench):
+    for name, text in SLURM.items():
+        (bench.folder / "bin" / name).write_text(text)
+        (bench.folder / "bin" / name).chmod(0o755)
+    return bench
+
+
+def test_job_arrays_start_one_after_another(fake_slurm):
+    """Four offline runs and twelve online, at most three to an array: one at a time keeps to --workers."""
+    code, output = fake_slurm(*ARGS, "--slurm")
+    assert code == 0 and output.split() == ["submitted:", "1", "2", "3", "4", "5", "6"]
+    lines = fake_slurm.lines("sbatch.txt")
+    assert [line.split("--array=")[1].split()[0] for line in lines] == ["0-2%3", "0-0%3"] + ["0-2%3"] * 4
+    assert "--dependency" not in lines[0]
+    assert [line.split("--dependency=")[1].split()[0] for line in lines[1:]] == [f"afterany:{i}" for i in range(1, 6)]
+    path = f"{fake_slurm.folder / 'bin'}:{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "SLURM_ARRAY_TASK_ID": "2", "BENCHMARK_PID": "999999999"}
+    subprocess.run(["bash", "job_3.sh"], cwd=fake_slurm.folder, env=environment, check=False)
+    assert fake_slurm.lines("starts.txt") == ["walker2d-medium__cal_ql__1 1"]  # the third of the online runs
+
+
+@pytest.mark.parametrize("refused, queued", [("1", "nothing"), ("2", "1"), ("4", "1 2 3")])
+def test_a_submission_that_is_refused_is_told_with_what_is_queued(fake_slurm, refused, queued):
+    code, output = fake_slurm(*ARGS, "--slurm", REFUSE=refused)
+    assert code == 2 and output.splitlines()[-1].endswith(f"scancel what it had queued before you try again: {queued}")
+
+
+def speed(*words: str) -> subprocess.CompletedProcess:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    command = ["./benchmark.sh", "speed", f"--{option}", word]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PATH": path}, capture_output=True, text=True)
-    assert done.returncode == 2 and f"--{option}: unknown {word}; there are: " in done.stderr.splitlines()[-1]
+    command = ["./benchmark.sh", "speed", *words]
+    return subprocess.run(command, cwd=ROOT, env=os.environ | {"PATH": path}, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    "option, word, complaint",
+    [
+        ("modes", "eager,compile", "unknown eager,compile; there are: "),
+        ("scripts", "sac", "unknown sac; there are: "),
+        ("precisions", "low", "unknown low; there are: "),
+        ("threads", "two", "invalid"),
+        pytest.param("modes", "graph", "needs a CUDA device",
+                     marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")),
+    ],
+)  # fmt: skip
+def test_speed_refuses_what_it_does_not_know(option, word, complaint):
+    done = speed(f"--{option}", word)
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and f"--{option}: " in last and complaint in last
+
+
+def test_speed_measures():
+    words = "--scripts iql_finetune --modes eager --threads 1 --precisions highest --seconds 0.2 --online-steps 60"
+    done = speed("--json", *words.split())
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(done.stdout)
+    assert row["script"] == "iql_finetune" and "error" not in row
+    # Three matmuls a layer (forward, and two backward) of each network that is trained, one of the two targets; the
+    # actor, V and two critics have layers of d x 256, 256 x 256, 256 x k.
+    assert 0.3 < row["gflop_per_update"] < 0.8
+    assert row["updates_per_s"] > 1 and row["steps_per_s"] > 1 and 0 < row["share_of_limit"] < 1.5

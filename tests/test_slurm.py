@@ -106,6 +106,8 @@ def test_requeued_and_warned_runs_end_as_if_undisturbed(slurm, tmp_path, monkeyp
 
     output = run("--run-dir", "runs/slurm", "--slurm")
     offline_id, online_id = output.split()[-2:]
+    details = subprocess.run(["scontrol", "show", "job", online_id], capture_output=True, text=True).stdout
+    assert f"Dependency=afterany:{offline_id}" in details, details
     again = subprocess.run([*command, "--run-dir", "runs/slurm", "--slurm", *extra], capture_output=True, text=True)
     assert again.returncode == 2 and "in the queue already" in again.stderr
 
@@ -123,7 +125,6 @@ def test_requeued_and_warned_runs_end_as_if_undisturbed(slurm, tmp_path, monkeyp
     assert "stopped and saved" in Path("runs/slurm/logs", f"{folders[1].name}.log").read_text()
     details = subprocess.run(["scontrol", "show", "job", online_id], capture_output=True, text=True).stdout
     assert details.count("Restarts=1") == 2 and details.count("JobState=COMPLETED") == 2, details
-    assert f"Dependency=afterany:{offline_id}" in details or "Dependency=(null)" in details
 
     run("--run-dir", "runs/here")  # undisturbed, without SLURM
     for folder in folders:

@@ -151,8 +151,8 @@ def test_failed_run_is_told_and_stops_nothing(bench):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_killed_and_started_again(bench, number):
     process = bench.start(*ARGS, SLOW="20")
-    wait_for(lambda: len(bench.lines("ends.txt")) >= 3 and len(bench.lines("starts.txt")) >= 4)
-    time.sleep(0.5)  # the fourth, of a second, is under way
+    wait_for(lambda: len(bench.lines("ends.txt")) >= 7 and len(bench.lines("starts.txt")) >= 10)
+    time.sleep(0.5)  # three online runs, of a second each, are under way, and six are left
     process.send_signal(number)
     process.wait(timeout=30)
     assert len(bench.lines("ends.txt")) < 16

@@ -548,8 +548,9 @@ def draw_task(axes, rows: list[dict], color: dict[str, str]) -> None:
         starts.setdefault(color[row["script"]] if own else "black", []).append(float(row["offline_score"]))
     for line, values in starts.items():
         top.axhline(np.mean(values), color=line, ls="--", lw=1)
-    seeds = ", ".join(map(str, sorted({int(row["seed"]) for row in rows})))
-    top.set_title(f"{label(rows[0]['task'], rows[0]['dataset_id'])}, seeds {seeds}", fontsize=10)
+    seeds = sorted({int(row["seed"]) for row in rows})
+    name = f"{label(rows[0]['task'], rows[0]['dataset_id'])}, seed{'s' * (len(seeds) > 1)} "
+    top.set_title(name + ", ".join(map(str, seeds)), fontsize=10)
     top.grid(alpha=0.25)
     top.set_ylabel("normalised score", fontsize=9)
     for bottom in axes[1:]:

@@ -39,9 +39,7 @@ Our choices:
      later predictions: values discounted by 0.99 see little of where an episode ends. Each refusal doubles the time to
      the next proposal. The replaced policy is kept, too: every other episode is one of the two's, whole, until each has
      ten, and if the former one's returned more on average, it is retained again. (walker2d: a copy that returned 69
-     three times, 66 before it, fell in half of its other episodes. Another, of 68 in ten evaluations, was sent back
-     after its first fall, when fewer would do: what it had replaced had not fallen in six episodes, but does in four
-     of ten.)
+     three times, 66 before it, fell in half of its other episodes.)
 [D8] A learner that may rarely act gets few data to correct what it overrates. So its policy loss holds it to the
      retained policy, as TD3+BC (Fujimoto, Gu 2021) does to the data: less while it is stable and its probes gain, but
      never less than a quarter (hopper's learner falls for good without), more while not.

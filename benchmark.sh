@@ -284,8 +284,8 @@ def main():
                 env_id="o2o/hopper/speed-v0", cuda=CUDA, offline_steps=50, online_steps=cli.online_steps,
                 eval_every=10**6, eval_episodes=1, save_every=10**6, compile="compile" in mode, cuda_graph="graph" in mode,
                 matmul_precision=precision)
-            if "warmup_steps" in vars(args):  # before the phase that is timed
-                args.warmup_steps = 10
+            for name_of_wait in {"warmup_steps", "window"} & set(vars(args)):  # before the phase that is timed
+                setattr(args, name_of_wait, 2)
             domain = args.domain_values["any"] | args.domain_values["locomotion"]  # which train() finds itself
             row = {"script": name, "mode": mode, "threads": n, "precision": precision}
             try:

@@ -13,7 +13,10 @@ Our choices:
 [D1] Online time is cut into short segments. In some the evaluator selects, action by action; in probes the learner acts
      alone and without noise, as it would be deployed: a Q that has not seen what the learner's actions lead to
      overrates them, and yet looks calibrated. A probe goes on to the end of its episode, for a fall may come hundreds
-     of steps after what led to it. Selected segments have the learner's noise, which is not deployed.
+     of steps after what led to it. Once the new Q is stable, more of them are whole episodes, the more the freer the
+     learner is [D8]: what it does in states that the retained policy has led to says little of what it would do by
+     itself (hopper: from there on a learner of 95 returned 20 less than a retained policy of 60). Selected segments
+     have the learner's noise, which is not deployed.
 [D2] The learner is SAC from the offline policy's mean action, at a fixed small temperature: a learned one ran away.
 [D3] Its critics start as IQL's (LayerNorm critics fitted to IQL's Q on the dataset overrated its actions at once).
      Batches are half dataset, half online. No update before a window of segments.
@@ -24,35 +27,40 @@ Our choices:
      [D7]: gains are measured by values that discount by 0.99 and miss what ends an episode, so that deployed selections
      known to gain lost hopper 45 points and walker2d 10.
 [D5] Stable is a new Q whose TD error, drift at fixed states and excess over k-step returns in probes are small over a
-     window; it stays so until one exceeds twice its limit or is not known, after a replacement or for want of recent
-     probes. Until then the retained Q selects, under the same rule. To promise less than is obtained does no harm, and
-     SAC's Q does: it is of noisy actions, the lower of two, with a negative entropy (halfcheetah: 76 of 110).
+     window; it stays so until one exceeds twice its limit or is not known, for want of recent probes. Until then the
+     retained Q selects, under the same rule. To promise less than is obtained does no harm, and SAC's Q does: it is of
+     noisy actions, the lower of two, with a negative entropy (halfcheetah: 76 of 110).
 [D6] A gain obtained is a sum of TD errors of the retained policy's fitted Q. Whatever is wrong with that Q shows in the
      segments of the retained policy alone and is subtracted.
 [D7] Policy evaluation takes the inverse-variance mean of the critic at start states, fitted Q evaluation there, and its
-     correction by gains obtained. A learner is proposed when its Q is stable, its lower bound is above the estimate of
-     the pair so far and, when last probed, it lost nothing. Then a frozen copy of it acts alone in whole episodes, in
-     turn with the retained policy until that has ten of its own, and replaces the pair once it returns more on average
-     and a one-sided rank test (Mann-Whitney) says that it is better; one that after three does not return more, or
-     after ten is still in doubt, is refused. 12 % of equal copies pass. (By a t test a single fall in one of 18
-     halfcheetah episodes, 47 and 45 otherwise, was a refusal.) What they returned less than was predicted is taken off
-     later predictions: values discounted by 0.99 see little of where an episode ends. Each refusal doubles the time to
-     the next proposal. The replaced policy is kept, too: every other episode is one of the two's, whole, until each has
-     ten, and if the former one's returned more on average, it is retained again. (walker2d: a copy that returned 69
-     three times, 66 before it, fell in half of its other episodes.)
+     correction by gains obtained. Discounted by 0.99, all see little of where an episode ends. So the returns of the
+     learner's latest whole episodes are compared with the retained policy's, too. A learner is proposed when its Q is
+     stable and either the lower bound of the mean is above the estimate of the pair so far and probes lost nothing, or
+     that of the gain in score is above 0. Then a frozen copy of it acts alone in whole episodes, in turn with the
+     retained policy until that has ten of its own, and replaces the pair once it returns more on average and a
+     one-sided rank test (Mann-Whitney) says that it is better; one that after three does not return more, or after ten
+     is still in doubt, is refused. 12 % of equal copies pass. (By a t test a single fall in one of 18 halfcheetah
+     episodes, 47 and 45 otherwise, was a refusal.) What they returned less than was predicted is taken off later
+     predictions. Each refusal doubles the time to the next proposal. The replaced policy is kept, too: every other
+     episode is one of the new one's, whole, until it has ten, and if the former one's returned more on average, it is
+     retained again. (walker2d: a copy that returned 69 three times, 66 before it, fell in half of its other episodes.)
 [D8] A learner that may rarely act gets few data to correct what it overrates. So its policy loss holds it to the
-     retained policy, as TD3+BC (Fujimoto, Gu 2021) does to the data: less while it is stable and its probes gain, but
-     never less than a quarter (hopper's learner falls for good without), more while not.
-[D9] Where a reset is due, a learner whose bound and gain promise it is proposed a last time, stable or not: otherwise
-     its best would be forgotten untried (halfcheetah: a learner of 49.5, above a retained policy of 44.6). The reset
-     waits until an open proposal is decided. Then all weights are drawn a fifth of the way to fresh ones (shrink and
-     perturb: Ash, Adams 2020), with more updates a step until the new Q is stable or half of the time to the next reset
-     is over. A halfcheetah learner of 51 was at 49 after 4,000 updates on the same replay; drawn half of the way
-     (Schwarzer et al. 2023), at 46 even after 10,000, and no sooner where its policy began as the retained one of 49:
-     what critics know of small differences between actions takes long to learn again. With wholly fresh weights, the
-     plain reading of the abstract, it was at 41. TD learning takes at most tau (1 - gamma) an update off an error in
-     the level of all values, and shrunk critics are too low, with half of fresh weights by 40 % still after 20,000
-     steps, so that no Q was stable again. So the level is put back, as far as it goes linearly.
+     retained policy, as TD3+BC (Fujimoto, Gu 2021) does to the data: ever less while it is stable and its whole
+     episodes are not known to return less, but never less than a quarter (hopper's learner falls for good without),
+     more while not. (Where it had to gain value, hopper's learner was held at 47 for good: what it gained could not be
+     measured.)
+[D9] A reset is due `--reset-every` steps after the last, or after a replacement: a learner that has just proved better
+     is not in a local optimum (one of hopper's, of 94, would have been reset untried). Where it is due, a learner whose
+     bound and gain promise it is proposed a last time, stable or not: otherwise its best would be forgotten untried
+     (halfcheetah: a learner of 49.5, above a retained policy of 44.6). The reset waits until an open proposal is
+     decided. Then all weights are drawn a fifth of the way to fresh ones (shrink and perturb: Ash, Adams 2020), with
+     more updates a step until the new Q is stable or half of the time to the next reset is over. A halfcheetah learner
+     of 51 was at 49 after 4,000 updates on the same replay; drawn half of the way (Schwarzer et al. 2023), at 46 even
+     after 10,000, and no sooner where its policy began as the retained one of 49: what critics know of small
+     differences between actions takes long to learn again. With wholly fresh weights, the plain reading of the
+     abstract, it was at 41. TD learning takes at most tau (1 - gamma) an update off an error in the level of all
+     values, and shrunk critics are too low, with half of fresh weights by 40 % still after 20,000 steps, so that no Q
+     was stable again. So the level is put back, as far as it goes linearly.
 """
 
 import contextlib
@@ -672,10 +680,11 @@ class Evaluator(nn.Module):
         self.most_hold = 0.0 if args.evaluator == "online" else args.hold
         self.kind, self.stable, self.recovering = "select", False, False
         self.segments = self.stable_segments = self.probe_steps = 0
-        self.replaced = self.restored = self.resets = self.last_reset = 0
+        self.replaced = self.restored = self.resets = self.renewed = 0
         self.proving, self.parting, self.refused, self.next_proposal = False, False, 0, args.window
-        self.alone = -1  # whose the whole episode is, an index of `pairs`; -1: of no one
-        self.returns = [[], [], []]  # of whole episodes of each of `pairs` alone
+        self.alone = -1  # whose the whole episode is, an index of `returns`; -1: of no one
+        self.hold = 1.0  # share of the most that the learner is held by [D8]
+        self.returns = [[], [], [], []]  # of whole episodes of each of `pairs` alone, and of the learner's latest
         self.predicted, self.excess = 0.0, 0.0  # score of the proposed one; by how much such a prediction was too high
         self.records, self.segment, self.values, self.history = [], [], [], []
         self.margins = [math.inf, math.inf]
@@ -770,11 +779,12 @@ class Evaluator(nn.Module):
         """After a segment, which may end its episode: stability, margins, estimates, proposal, reset, and what the next
         segment is for."""
         args, window, enough = self.args, self.args.window, self.args.window // 2
-        due = bool(args.reset_every) and step - self.last_reset >= args.reset_every
+        due = bool(args.reset_every) and step - self.renewed >= args.reset_every
         weight, acted, *promised, gain, critic_error, fitted_error, td_error, role = np.array(self.records).T
-        controls, mixed = (np.flatnonzero(rows)[-2 * window :] for rows in (role < 0, acted > 0))
+        present = np.isfinite(gain)  # over the policy that is retained now
+        controls, mixed = (np.flatnonzero(present & rows)[-2 * window :] for rows in (role < 0, acted > 0))
         recent = np.cumsum(role[::-1] > -2)[::-1] <= 5 * window  # whole episodes of the retained policy age nothing
-        probes, selected = (np.flatnonzero(recent & rows)[-window:] for rows in (role > 0, role == 0))
+        probes, selected = (np.flatnonzero(recent & rows)[-window:] for rows in (role > 0, present & (role == 0)))
         log, self.margins = {"learner_share": acted[-1] / weight[-1]}, [math.inf, math.inf]
 
         # Stability [D5]
@@ -787,9 +797,10 @@ class Evaluator(nn.Module):
         healthy = within(log, limits, 2.0)
         self.stable = within(log, limits | {"calibration": args.calibration_limit}, 2.0 if self.stable else 1.0)
         self.stable_segments += self.stable
-        self.recovering = self.recovering and not self.stable and step - self.last_reset < args.reset_every // 2
+        self.recovering = self.recovering and not self.stable and step - self.renewed < args.reset_every // 2
 
         # Margins [D4]; the retained policy gains nothing over itself [D6]
+        probes = probes[present[probes]]
         bias, doubt = ratio(gain[controls], weight[controls])
         net = gain - bias * weight
         if min(len(controls), len(mixed)) >= enough:
@@ -801,10 +812,19 @@ class Evaluator(nn.Module):
             if obtained < -math.hypot(error, doubt):
                 self.margins = [math.inf, math.inf]
 
-        # Let the learner go while its probes gain, hold it where they lose or surprise [D8]
-        gaining = min(len(controls), len(probes)) >= enough and net[probes[-enough:]].sum() > 0
-        rate = 0.97 if self.stable and gaining else 1.1
-        learner.anchor.mul_(rate).clamp_(self.most_hold / 4, self.most_hold)
+        # What the latest probes gained: in score, by whole episodes, and in value, by segments
+        gains = [self.score_gain(), (math.nan, math.inf)]
+        if min(len(controls), len(probes)) >= enough:
+            obtained, error = ratio(net[probes], weight[probes])
+            gains[1] = float(obtained), math.hypot(error, doubt)
+        for name, (obtained, error) in zip(("score_gain", "learner_gain"), gains, strict=True):
+            log |= {name: obtained, f"{name}_error": error} if math.isfinite(error) else {}
+
+        # Let the learner go while it is stable and returns no less, hold it otherwise [D8]
+        known, losing = any(math.isfinite(error) for _, error in gains), gains[0][0] < -gains[0][1]
+        rate = 1.1 if losing or not self.stable else 0.97 if known else 1.0
+        self.hold = min(max(rate * self.hold, 0.25), 1.0)
+        learner.anchor.fill_(self.most_hold * self.hold)
 
         # Policy evaluation [D7]
         if min(len(controls), len(probes)) >= enough:
@@ -819,12 +839,12 @@ class Evaluator(nn.Module):
                 for name, (value, doubt) in zip(("obtained", "critic", "fitted"), sources, strict=True):
                     log |= {f"{policy_name}_{name}": value, f"{policy_name}_{name}_error": doubt}
             (retained, retained_error), (value, error) = self.estimates
-            obtained = ratio(net[probes], weight[probes])[0]
             lower = value - args.bound_errors * error
             log |= {"retained_value": retained, "retained_error": retained_error}
             log |= {"learner_value": value, "learner_error": error, "learner_lower": lower}
-            log["learner_gain"] = obtained
-            better = lower > retained and obtained >= 0 and not self.proving and args.evaluator == "frozen-until-stable"
+            by_score, by_value = gains
+            better = by_score[0] > args.bound_errors * by_score[1] or (lower > retained and by_value[0] >= 0)
+            better &= not self.proving and args.evaluator == "frozen-until-stable"
             if better and ((due and not self.parting) or (self.stable and self.segments >= self.next_proposal)):
                 copy_weights(learner, self.pairs[1])
                 self.proving, self.parting, self.predicted = True, due, self.predicted_score()
@@ -836,31 +856,44 @@ class Evaluator(nn.Module):
             reset(learner, buffer.sample(args.batch_size, 0.5))
             learner.anchor.fill_(self.most_hold)
             self.records, self.values, self.margins = [row for row in self.records if row[-1] < 0], [], [math.inf] * 2
-            self.estimates[1] = [math.inf, math.inf]  # not known of the new learner
+            self.hold, self.returns[3], self.estimates[1] = 1.0, [], [math.inf, math.inf]  # nothing is known of it
             self.stable, healthy, self.recovering, self.parting = False, False, True, False
-            self.last_reset, self.resets = step, self.resets + 1
+            self.renewed, self.resets = step, self.resets + 1
         if args.evaluator == "online":
             self.margins[1] = 0.0  # the new Q has its way
         draw, otherwise = np.random.rand(), "sample" if args.selection == "softmax" else "select"
         control = math.isfinite(self.margins[self.active]) and draw > 1 - args.control_share
         probe = healthy and (draw < args.probe_rate or (self.kind == "probe" and not over))
         self.kind = "probe" if probe else "control" if control else otherwise
-        self.kind = "control" if self.alone == 0 else self.kind
-        log |= {"margin": min(self.margins[self.active], self.scale), "hold": learner.anchor, "proving": self.proving}
+        if not over and self.alone == 0:
+            self.kind = "control"
+        elif not over and self.alone == 3 and not probe:
+            self.alone = -1
+        log |= {"margin": min(self.margins[self.active], self.scale), "hold": self.hold, "proving": self.proving}
         log |= {"stable": self.stable, "recovering": self.recovering, "probe_steps": self.probe_steps}
         return log | {"replaced": self.replaced, "restored": self.restored, "resets": self.resets}
 
-    def end_episode(self, learner: Explorer, episode_return: float) -> None:
+    def score_gain(self) -> tuple[float, float]:
+        """By how much the learner's latest whole episodes returned more than the retained policy's, and its standard
+        error, both in units of the score [D7]."""
+        own, latest = self.returns[0], self.returns[3]
+        if len(own) < 3 or len(latest) < self.args.window // 2:
+            return math.nan, math.inf
+        error = math.hypot(*(np.std(returns, ddof=1) / math.sqrt(len(returns)) for returns in (own, latest)))
+        return self.score_of(3) - self.score_of(0), float(self.per_return * error)
+
+    def end_episode(self, learner: Explorer, step: int, episode_return: float) -> None:
         """Whether the proposed learner is retained [D7]."""
         from scipy.stats import mannwhitneyu  # here, so that all scripts import the same on top
 
         if self.alone >= 0:
             self.returns[self.alone].append(float(episode_return))
-        if min(len(self.returns[0]), len(self.returns[2])) == 10:
-            if np.mean(self.returns[0]) < np.mean(self.returns[2]):
+            self.returns[3] = self.returns[3][-self.args.window // 2 :]
+        if self.returns[2] and len(self.returns[0]) == 10:
+            if self.score_of(0) < self.score_of(2):
                 self.replace(learner, by=2)
             self.score, self.returns[2] = self.score_of(0), []
-        old, new, _ = self.returns
+        old, new, *_ = self.returns
         if len(new) >= 3:
             gain = float(np.mean(new) - np.mean(old))
             p_value = mannwhitneyu(new, old, alternative="greater").pvalue
@@ -871,22 +904,23 @@ class Evaluator(nn.Module):
                 self.next_proposal = self.segments + self.args.window * 2**self.refused
                 if better:
                     self.replace(learner, by=1)
+                    self.renewed = step
                 self.proving, self.returns[1] = False, []
         self.next_episode()
 
     def next_episode(self) -> None:
         """Whether it is wholly one policy's: the retained one's three times at first, and every other time after a
-        replacement, until ten are known of it and of the former one; while a learner is proving, in turn its own and
-        the retained one's."""
-        (known, _, former), last, self.alone = map(len, self.returns), self.alone, -1
+        replacement, until ten are known of it; while a learner is proving, in turn its copy's and the retained one's;
+        else the learner's own, once its Q is stable, the more often the freer it is."""
+        (known, _, former, _), last, self.alone = map(len, self.returns), self.alone, -1
         if self.args.evaluator == "frozen-until-stable" and (self.proving or known < 3):
             self.alone = int(known >= 10 or (known >= 3 and last != 1))
-        elif former and last < 0:
-            self.alone = 0 if known <= former else 2
-        if self.alone >= 0:
-            self.kind = "trial" if self.alone else "control"
-        elif self.kind == "trial":
-            self.kind = "select"
+        elif former and last != 0:
+            self.alone = 0
+        elif self.stable and np.random.rand() < self.args.probe_rate / self.hold:
+            self.alone = 3
+        kinds = {0: "control", 1: "trial", 3: "probe"}
+        self.kind = kinds.get(self.alone, "select" if self.kind == "trial" else self.kind)
 
     def replace(self, learner: Explorer, by: int) -> None:
         """The proposed (1) or the former pair (2) is retained from now on; what was measured against the last one is
@@ -900,7 +934,9 @@ class Evaluator(nn.Module):
         copy_weights(self.pairs[by], self.retained)
         copy_weights(self.retained.actor.net, learner.anchor_net)
         self.score, self.returns[0], self.returns[by] = self.score_of(by), self.returns[by], []
-        self.records, self.margins, self.estimates[1] = [], [math.inf, math.inf], [math.inf, math.inf]
+        self.returns[3], self.margins, self.estimates[1] = [], [math.inf, math.inf], [math.inf, math.inf]
+        for row in self.records:
+            row[4] = math.nan
 
     def score_of(self, i: int) -> float:
         return float(self.per_return * (np.mean(self.returns[i]) - self.ref_min))
@@ -1214,7 +1250,7 @@ def train(args: Args) -> dict:
         updates = args.recovery_ratio if evaluator.recovering else 1
         for _ in range(updates if evaluator.segments >= args.window else 0):
             losses = update()  # launched before the environment steps: a GPU works meanwhile
-        action = evaluator.pairs[evaluator.alone].act(obs) if evaluator.kind == "trial" else actions[turn]  # [D7]
+        action = evaluator.pairs[1].act(obs) if evaluator.kind == "trial" else actions[turn]  # [D7]
         next_obs, reward, terminated, truncated, _ = env.step(action)
         row = (obs, action, next_obs, task.transform_reward(reward), terminated)
         buffer.add(*row)
@@ -1239,7 +1275,7 @@ def train(args: Args) -> dict:
             bar.set_postfix(score=f"{result['normalized_score']:.1f}", learner=f"{result['learner_score']:.1f}")
         if over:
             run.log("online", step, {"episodic_return": episode_return})
-            evaluator.end_episode(learner, episode_return)
+            evaluator.end_episode(learner, step, episode_return)
             progress["episode"] += 1
             if run.stop or step - run.saved_at >= args.save_every:
                 run.save()

@@ -168,18 +168,34 @@ def test_what_is_deployed_is_the_retained_policy_if_any_is_retained(name, deploy
     assert (actions[0] != actions[1]).all() and (evaluator.act(learner, obs) == actions[deployed]).all()
 
 
-def test_the_learner_is_let_go_while_stable_and_gaining_and_held_otherwise():
-    _, learner, evaluator, _ = make(td_limit=0.1, drift_limit=0.1, calibration_limit=1.0, hold=0.4)
-    controls = [row(**CONTROL)] * 4
-    for gain, error, factor in ((1.0, 0.0, 0.97), (0.0, 0.0, 1.1), (-1.0, 0.0, 1.1), (1.0, 9.0, 1.1)):
-        learner.anchor.fill_(0.2)
-        evaluator.stable = False
-        judged(evaluator, learner, controls + [row(gain=gain, error=error * evaluator.scale)] * 4)
-        assert float(learner.anchor) == pytest.approx(0.2 * factor)
-    for probe, end in ((1.0, 0.1), (-1.0, 0.4)):  # never less than a quarter, and no more than all
-        for _ in range(50):
-            judged(evaluator, learner, controls + [row(gain=probe)] * 4)
-        assert float(learner.anchor) == pytest.approx(end)
+UNKNOWN = (math.nan, math.inf)
+
+
+@pytest.mark.parametrize(
+    ("in_score", "in_value", "error", "factor"),
+    [
+        (UNKNOWN, [math.nan] * 4, 0.0, 1.0),  # nothing known
+        (UNKNOWN, [1.0] * 4, 0.0, 0.97),
+        (UNKNOWN, [-1.0] * 4, 0.0, 0.97),  # values see little of where an episode ends
+        (UNKNOWN, [1.0] * 4, 9.0, 1.1),  # not stable
+        ((-0.4, 0.5), [math.nan] * 4, 0.0, 0.97),
+        ((-0.6, 0.5), [math.nan] * 4, 0.0, 1.1),
+        ((-0.6, 0.5), [1.0] * 4, 0.0, 1.1),
+    ],
+)
+def test_the_learner_is_let_go_while_stable_and_not_known_to_return_less(
+    monkeypatch, in_score, in_value, error, factor
+):
+    _, learner, evaluator, _ = make(hold=0.4, **LIMITS)
+    monkeypatch.setattr(evaluator, "score_gain", lambda: in_score)
+    evaluator.hold = 0.5
+    records = [row(**CONTROL)] * 4 + [row(gain=gain, error=error * evaluator.scale) for gain in in_value]
+    log = judged(evaluator, learner, records)
+    assert float(learner.anchor) == pytest.approx(0.2 * factor) and log["hold"] == pytest.approx(0.5 * factor)
+    assert ("score_gain" in log) == (in_score != UNKNOWN) and ("learner_gain" in log) == (not math.isnan(in_value[0]))
+    for _ in range(50):  # never less than a quarter, and no more than all
+        judged(evaluator, learner, records)
+    assert float(learner.anchor) == pytest.approx({0.97: 0.1, 1.0: 0.2, 1.1: 0.4}[factor])
 
 
 # ---- stability ----
@@ -309,12 +325,16 @@ def test_end_segment_keeps_gain_errors_and_promises():
         ((11.0, 0.6), 1.0, True, False),
         ((11.0, 0.4), -1.0, True, False),
         ((11.0, 0.4), 1.0, False, False),
+        ((9.0, 0.4, 2.1, 1.0), -1.0, True, True),  # values say no, what probes returned says yes
+        ((9.0, 0.4, 2.0, 1.0), -1.0, True, False),
+        ((9.0, 0.4, 2.1, 1.0), -1.0, False, False),
     ],
 )
-def test_proposed_only_with_the_lower_bound_above(monkeypatch, learner_value, gain, stable, proposed):
+def test_proposed_only_with_a_lower_bound_above(monkeypatch, learner_value, gain, stable, proposed):
     agent, learner, evaluator, _ = make(bound_errors=2.0, **LIMITS)
-    answers = iter([(10.0, 0.1), learner_value])  # of the retained pair first
+    answers, score_gain = iter([(10.0, 0.1), learner_value[:2]]), learner_value[2:]  # of the retained pair first
     monkeypatch.setattr("sft_reset.combine", lambda _: next(answers))
+    monkeypatch.setattr(evaluator, "score_gain", lambda: score_gain or (math.nan, math.inf))
     records = [row(**CONTROL)] * 4 + [row(gain=gain, error=0.0 if stable else 9 * evaluator.scale)] * 4
     learner.actor.net[-1].bias.data += 1.0
     judged(evaluator, learner, records)
@@ -324,14 +344,82 @@ def test_proposed_only_with_the_lower_bound_above(monkeypatch, learner_value, ga
     assert copied == proposed and kept
 
 
+def end_episode(evaluator, learner, episode_return):
+    evaluator.end_episode(learner, 1_000, episode_return)
+
+
+def test_score_gain_is_the_difference_of_whole_episodes():
+    evaluator = make(window=4)[2]
+    evaluator.per_return = 0.5
+    for own, latest in (([40.0, 50.0], [70.0, 74.0]), ([40.0, 50.0, 60.0], [70.0])):
+        evaluator.returns[0], evaluator.returns[3] = own, latest
+        assert not math.isfinite(evaluator.score_gain()[1]), "too few"
+    evaluator.returns[0], evaluator.returns[3] = [40.0, 50.0, 60.0], [70.0, 74.0]
+    error = math.hypot(10 / math.sqrt(3), math.sqrt(8) / math.sqrt(2))
+    assert evaluator.score_gain() == pytest.approx((11.0, error / 2))
+
+
+def test_whole_episodes_are_the_learners_once_its_q_is_stable_and_the_more_the_freer_it_is():
+    evaluator = make(probe_rate=0.2)[2]
+    evaluator.returns[0] = [1.0] * 3
+    for stable, hold, share in ((False, 0.25, 0.0), (True, 1.0, 0.2), (True, 0.25, 0.8)):
+        evaluator.stable, evaluator.hold, alone = stable, hold, []
+        for _ in range(500):
+            evaluator.kind = "select"
+            evaluator.next_episode()
+            assert (evaluator.alone, evaluator.kind) in ((-1, "select"), (3, "probe"))
+            alone.append(evaluator.alone == 3)
+        assert np.mean(alone) == pytest.approx(share, abs=0.06)
+
+
+def test_returns_of_the_learners_whole_episodes_are_kept_while_they_are_recent_and_of_it():
+    _, learner, evaluator, _ = make(probe_rate=1.0, reset_every=50, bound_errors=1e9, **LIMITS)  # each episode
+    records = [row(**CONTROL)] * 4 + [row()] * 4
+    evaluator.returns[0] = [1.0] * 3
+
+    def episode(episode_return, healthy=True, step=1):
+        for over in (False, True):
+            evaluator.records, evaluator.segments, evaluator.values = records, 8, [1.0] * 4 + [1.0 if healthy else 99.0]
+            evaluator.judge(learner, BATCHES, step, over)
+        evaluator.end_episode(learner, step, episode_return)
+
+    episode(5.0)
+    assert evaluator.returns[3] == [] and (evaluator.alone, evaluator.kind) == (3, "probe"), "that one was no one's"
+    for episode_return in (6.0, 7.0, 8.0):
+        episode(episode_return)
+    assert evaluator.returns[3] == [7.0, 8.0] and evaluator.alone == 3
+    episode(9.0, healthy=False)
+    assert evaluator.returns[3] == [7.0, 8.0], "its drift ended it before its episode did"
+    episode(9.0)
+    assert evaluator.alone == 3
+    episode(9.0, step=50)
+    assert evaluator.resets == 1 and evaluator.returns[3] == [], "they were of the learner before its reset"
+    evaluator.returns[3], evaluator.returns[1] = [7.0, 8.0], [31.0]
+    evaluator.replace(learner, by=1)
+    assert evaluator.returns[3] == [], "they may be of a learner older than the copy"
+
+
+def test_after_a_replacement_q_is_still_stable_and_gains_are_measured_anew():
+    _, learner, evaluator, _ = make(hold=0.4, **LIMITS)
+    records = [row(**CONTROL)] * 8 + [row(gain=1.0)] * 8
+    judged(evaluator, learner, records)
+    assert evaluator.stable and math.isfinite(evaluator.estimates[1][1]) and math.isfinite(evaluator.margins[1])
+    evaluator.returns[1] = [31.0]
+    evaluator.replace(learner, by=1)
+    judged(evaluator, learner, evaluator.records)
+    assert evaluator.stable and not math.isfinite(evaluator.estimates[1][1]) and evaluator.margins == [math.inf] * 2
+    log = judged(evaluator, learner, evaluator.records + [row(gain=3.0, **CONTROL)] * 2 + [row(gain=5.0)] * 2)
+    assert log["learner_gain"] == pytest.approx(2.0), "of segments since then alone"
+
+
 def prove(evaluator, learner, retained, proposed):
     """Scripted returns for as long as whole episodes are one policy's: who acted in each."""
     returns, actors = (cycle(retained), cycle(proposed)), []
-    evaluator.end_episode(learner, 0.0)
+    end_episode(evaluator, learner, 0.0)
     while evaluator.alone >= 0 and (evaluator.proving or len(evaluator.returns[0]) < 3):
         assert evaluator.kind == ("control", "trial")[evaluator.alone]
         actors.append(evaluator.alone)
-        evaluator.end_episode(learner, next(returns[evaluator.alone]))
+        end_episode(evaluator, learner, next(returns[evaluator.alone]))
     assert evaluator.kind != "trial"
     return actors
 
@@ -358,18 +446,21 @@ def test_a_proposal_replaces_the_pair_only_after_whole_episodes_that_show_it(pro
     assert evaluator.refused == 1 - replaced and evaluator.next_proposal == 100 + 4 * 2**evaluator.refused
     if replaced:
         proved = evaluator.pairs[1].actor.net[-1].bias
-        assert torch.equal(evaluator.retained.actor.net[-1].bias, proved) and evaluator.returns[0] == proposed
+        assert torch.equal(evaluator.retained.actor.net[-1].bias, proved)
+        assert evaluator.returns[0] == proposed
         assert torch.equal(learner.anchor_net[-1].bias, proved)
-        assert evaluator.records == [] and evaluator.margins == [math.inf, math.inf]
+        assert evaluator.margins == [math.inf, math.inf]
+        assert evaluator.renewed == 1_000, "no reset for as long again"
         assert evaluator.score == pytest.approx(51.0) and evaluator.excess == 0.0
     else:
         found = np.mean(proposed) - 10.0
+        assert evaluator.renewed == 0
         assert evaluator.predicted_score() == pytest.approx(found), "corrected by what the trial returned"
 
 
-@pytest.mark.parametrize(("later", "restored"), [((40.0, 50.0), 1), ((55.0, 50.0), 0), ((40.0, 34.0), 0)])
-def test_a_replacement_is_undone_where_ten_episodes_of_each_say_that_it_was_wrong(later, restored):
-    """`later` are returns of the new one and of the former one, of which the first did better, 61 to 50, at first."""
+@pytest.mark.parametrize(("later", "restored"), [(40.0, 1), (45.0, 1), (46.0, 0), (55.0, 0)])
+def test_a_replacement_is_undone_where_ten_episodes_say_that_it_was_wrong(later, restored):
+    """It returns `later` after its trial, in which it returned 61 on average and the former one 50."""
     _, learner, evaluator, _ = make()
     evaluator.alone = -1
     prove(evaluator, learner, [49.0, 50.0, 51.0], [])
@@ -377,20 +468,19 @@ def test_a_replacement_is_undone_where_ten_episodes_of_each_say_that_it_was_wron
     evaluator.pairs[1].actor.net[-1].bias.data += 1.0
     evaluator.proving = True
     prove(evaluator, learner, [49.0, 51.0], [60.0, 61.0, 62.0])
-    assert evaluator.returns == [[60.0, 61.0, 62.0], [], [49.0, 50.0, 51.0, 49.0, 51.0]]
-    new, former, whose = later[0], later[1], []
+    assert evaluator.returns == [[60.0, 61.0, 62.0], [], [49.0, 50.0, 51.0, 49.0, 51.0], []]
+    whose = []
     while evaluator.returns[2] and len(whose) < 50:
         assert not torch.equal(evaluator.retained.actor.net[-1].bias, offline["net.4.bias"])
-        assert (evaluator.kind == "trial") == (evaluator.alone == 2)
+        assert evaluator.kind != "trial"
         whose.append(evaluator.alone)
-        evaluator.end_episode(learner, {0: new, 2: former, -1: 0.0}[evaluator.alone])
-    assert whose == [-1, 0] * 2 + [-1, 0, -1, 2] * 5
+        end_episode(evaluator, learner, {0: later, -1: 0.0}[evaluator.alone])
+    assert whose == [0, -1] * 6 + [0]
     assert (evaluator.replaced, evaluator.restored, evaluator.alone) == (1, restored, -1)
     same = all(torch.equal(value, offline[key]) for key, value in evaluator.retained.actor.state_dict().items())
     assert same == bool(restored) == torch.equal(learner.anchor_net[-1].bias, offline["net.4.bias"])
-    new, former = [60.0, 61.0, 62.0] + [new] * 7, [49.0, 50.0, 51.0, 49.0, 51.0] + [former] * 5
-    kept = former if restored else new
-    assert evaluator.returns == [kept, [], []]
+    kept = [49.0, 50.0, 51.0, 49.0, 51.0] if restored else [60.0, 61.0, 62.0] + [later] * 7
+    assert evaluator.returns == [kept, [], [], []]
     assert evaluator.score == pytest.approx(np.mean(kept) - 10.0)
 
 
@@ -477,7 +567,7 @@ def test_a_reset_waits_until_an_open_proposal_is_decided():
     assert evaluator.resets == 0  # due
     evaluator.proving = False
     judged(evaluator, learner, good, step=15)
-    assert (evaluator.resets, evaluator.last_reset) == (1, 15)
+    assert (evaluator.resets, evaluator.renewed) == (1, 15)
     assert evaluator.recovering and not evaluator.stable and evaluator.margins == [math.inf] * 2
     assert evaluator.records == good[:4] and evaluator.values == []  # nothing of the old learner is left
     judged(evaluator, learner, good, step=16)
@@ -589,7 +679,7 @@ def spied(monkeypatch) -> list[dict]:
         actions, gains = originals[0](self, learner, obs, noise)
         if noise or self.kind == "probe":  # not the deployed policy's in an evaluation
             steps.append({"kind": self.kind, "noise": noise, "segments": self.segments, "recovering": self.recovering})
-            steps[-1] |= {"actions": actions, "alone": self.alone, "copy": self.pairs[self.alone], "learner": learner}
+            steps[-1] |= {"actions": actions, "alone": self.alone, "copy": self.pairs[1], "learner": learner}
             steps[-1] |= {"shares": [], "fits": []}
         return actions, gains
 
@@ -615,27 +705,22 @@ def spied(monkeypatch) -> list[dict]:
 
 
 def test_who_acts_and_what_is_learned_in_each_step(toy_args, monkeypatch):
-    steps, begin = spied(monkeypatch), Evaluator.begin
-
-    def begun(self, *args):
-        begin(self, *args)
-        self.returns[2] = [0.0]  # as if the retained policy had replaced one of which one episode is known
-
-    monkeypatch.setattr(Evaluator, "begin", begun)
+    steps = spied(monkeypatch)
     args = toy_args | EASY | {"online_steps": 900, "reset_every": 200, "bound_errors": -1e3, "replace_confidence": 1e-9}
+    args["probe_rate"] = 0.05
     train(Args(**args | {"recovery_ratio": 3, "segment_steps": 10, "eval_episodes": 1}))
     assert len(steps) == 900 and {step["kind"] for step in steps} == {"control", "probe", "trial", "select"}
     for step in steps:
         assert step["noise"] == (step["kind"] != "probe"), "probes are acted as deployed"  # [D1]
         if step["kind"] == "trial":
-            assert (step["action"] == step["of_copy"]).all(), "a frozen policy, proposed or former, is tried"  # [D7]
+            assert (step["action"] == step["of_copy"]).all(), "a frozen copy of the learner is tried"  # [D7]
         elif step["kind"] != "select":
             assert (step["action"] == step["actions"][int(step["kind"] == "probe")]).all()
         updates = 0 if step["segments"] < 4 else 3 if step["recovering"] else 1
         assert step["shares"] == [0.5] * updates  # [D3] [D9]
         assert step["fits"] in ([], [10 // 5])
     trials = [step for step in steps if step["kind"] == "trial"]
-    assert {step["alone"] for step in trials} == {1, 2}
+    assert {step["alone"] for step in trials} == {1}
     assert any((step["of_copy"] != step["of_learner"]).any() for step in trials), "and not the learner as it is by then"
     assert any(step["recovering"] for step in steps) and sum(map(len, (step["fits"] for step in steps))) > 20
 

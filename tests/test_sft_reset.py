@@ -357,6 +357,9 @@ def test_score_gain_is_the_difference_of_whole_episodes():
     evaluator.returns[0], evaluator.returns[3] = [40.0, 50.0, 60.0], [70.0, 74.0]
     error = math.hypot(10 / math.sqrt(3), math.sqrt(8) / math.sqrt(2))
     assert evaluator.score_gain() == pytest.approx((11.0, error / 2))
+    assert evaluator.predicted_score() == pytest.approx(0.5 * (72.0 - 10.0)), "what it returned, and not what Q promises"
+    evaluator.returns[3], evaluator.per_value, evaluator.estimates = [70.0], 2.0, [[5.0, 0.1], [9.0, 0.1]]
+    assert evaluator.predicted_score() == pytest.approx(30.0 + 8.0)
 
 
 def test_whole_episodes_are_the_learners_once_its_q_is_stable_and_the_more_the_freer_it_is():
@@ -430,7 +433,8 @@ def prove(evaluator, learner, retained, proposed):
         ([60.0, 61.0, 62.0], 1, [1, 0, 1, 0, 1]),
         ([40.0, 41.0, 42.0], 0, [1, 0, 1, 0, 1]),
         ([51.0, 52.0, 46.0], 0, [1, 0, 1, 0, 1]),  # no better than a retained policy of 49.8 on average
-        ([90.0, 20.0], 0, [1, 0] * 7 + [1] * 3),  # undecided: both are asked, until it was ten times
+        ([90.0, 20.0, 48.0], 0, [1, 0, 1, 0, 1]),  # 52.7 to 49.8, but in doubt by more than 0.3
+        ([50.5, 49.5, 90.0], 0, [1, 0] * 7 + [1] * 3),  # undecided: both are asked, until it was ten times
     ],
 )
 def test_a_proposal_replaces_the_pair_only_after_whole_episodes_that_show_it(proposed, replaced, episodes):
@@ -438,9 +442,7 @@ def test_a_proposal_replaces_the_pair_only_after_whole_episodes_that_show_it(pro
     evaluator.alone, evaluator.segments = -1, 100
     assert prove(evaluator, learner, [49.0, 50.0, 51.0], []) == [0] * 3  # the retained policy first
     evaluator.pairs[1].actor.net[-1].bias.data += 1.0
-    evaluator.per_value, evaluator.estimates = 1.0, [[5, 0.1], [25, 0.1]]
-    evaluator.proving, evaluator.predicted = True, evaluator.predicted_score()
-    assert evaluator.predicted == 30.0 + 20.0
+    evaluator.proving = True
     assert prove(evaluator, learner, [49.0, 50.0, 51.0], proposed) == episodes
     assert not evaluator.proving and evaluator.replaced == replaced and evaluator.returns[1] == []
     assert evaluator.refused == 1 - replaced and evaluator.next_proposal == 100 + 4 * 2**evaluator.refused
@@ -451,11 +453,9 @@ def test_a_proposal_replaces_the_pair_only_after_whole_episodes_that_show_it(pro
         assert torch.equal(learner.anchor_net[-1].bias, proved)
         assert evaluator.margins == [math.inf, math.inf]
         assert evaluator.renewed == 1_000, "no reset for as long again"
-        assert evaluator.score == pytest.approx(51.0) and evaluator.excess == 0.0
+        assert evaluator.score == pytest.approx(51.0)
     else:
-        found = np.mean(proposed) - 10.0
         assert evaluator.renewed == 0
-        assert evaluator.predicted_score() == pytest.approx(found), "corrected by what the trial returned"
 
 
 @pytest.mark.parametrize(("later", "restored"), [(40.0, 1), (45.0, 1), (46.0, 0), (55.0, 0)])

@@ -357,7 +357,7 @@ def test_score_gain_is_the_difference_of_whole_episodes():
     evaluator.returns[0], evaluator.returns[3] = [40.0, 50.0, 60.0], [70.0, 74.0]
     error = math.hypot(10 / math.sqrt(3), math.sqrt(8) / math.sqrt(2))
     assert evaluator.score_gain() == pytest.approx((11.0, error / 2))
-    assert evaluator.predicted_score() == pytest.approx(0.5 * (72.0 - 10.0)), "what it returned, and not what Q promises"
+    assert evaluator.predicted_score() == pytest.approx(0.5 * (72.0 - 10.0)), "what it returned"
     evaluator.returns[3], evaluator.per_value, evaluator.estimates = [70.0], 2.0, [[5.0, 0.1], [9.0, 0.1]]
     assert evaluator.predicted_score() == pytest.approx(30.0 + 8.0)
 

@@ -45,10 +45,10 @@ Our choices:
      and if the former one's returned more on average, it is retained again. (walker2d: a copy that returned 69 three
      times, 66 before it, fell in half of its other episodes.)
 [D8] A learner that may rarely act gets few data to correct what it overrates. So its policy loss holds it to the
-     retained policy, as TD3+BC (Fujimoto, Gu 2021) does to the data: ever less while it is stable and its whole
-     episodes are not known to return less, but never less than a quarter (hopper's learner falls for good without),
-     more while not. (Where it had to gain value, hopper's learner was held at 47 for good: what it gained could not be
-     measured.)
+     retained policy, as TD3+BC (Fujimoto, Gu 2021) does to the data: ever less while it is stable, but never less than
+     a quarter (hopper's learner falls for good without), more while not. Whether it is any better does not matter here,
+     for it is not deployed: hopper's, held wherever it did not gain in value, stayed at 47, and one of 96, held because
+     its probes returned less, fell back to 59.
 [D9] A reset is due `--reset-every` steps after the last, or after a replacement: a learner that has just proved better
      is not in a local optimum (one of hopper's, of 94, would have been reset untried). Where it is due, a learner whose
      bound and gain promise it is proposed a last time, stable or not: otherwise its best would be forgotten untried
@@ -819,10 +819,8 @@ class Evaluator(nn.Module):
         for name, (obtained, error) in zip(("score_gain", "learner_gain"), gains, strict=True):
             log |= {name: obtained, f"{name}_error": error} if math.isfinite(error) else {}
 
-        # Let the learner go while it is stable and returns no less, hold it otherwise [D8]
-        known, losing = any(math.isfinite(error) for _, error in gains), gains[0][0] < -gains[0][1]
-        rate = 1.1 if losing or not self.stable else 0.97 if known else 1.0
-        self.hold = min(max(rate * self.hold, 0.25), 1.0)
+        # Let the learner go while it is stable, hold it while it is not [D8]
+        self.hold = min(max(self.hold * (0.97 if self.stable else 1.1), 0.25), 1.0)
         learner.anchor.fill_(self.most_hold * self.hold)
 
         # Policy evaluation [D7]

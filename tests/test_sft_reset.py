@@ -168,34 +168,24 @@ def test_what_is_deployed_is_the_retained_policy_if_any_is_retained(name, deploy
     assert (actions[0] != actions[1]).all() and (evaluator.act(learner, obs) == actions[deployed]).all()
 
 
-UNKNOWN = (math.nan, math.inf)
-
-
-@pytest.mark.parametrize(
-    ("in_score", "in_value", "error", "factor"),
-    [
-        (UNKNOWN, [math.nan] * 4, 0.0, 1.0),  # nothing known
-        (UNKNOWN, [1.0] * 4, 0.0, 0.97),
-        (UNKNOWN, [-1.0] * 4, 0.0, 0.97),  # values see little of where an episode ends
-        (UNKNOWN, [1.0] * 4, 9.0, 1.1),  # not stable
-        ((-0.4, 0.5), [math.nan] * 4, 0.0, 0.97),
-        ((-0.6, 0.5), [math.nan] * 4, 0.0, 1.1),
-        ((-0.6, 0.5), [1.0] * 4, 0.0, 1.1),
-    ],
-)
-def test_the_learner_is_let_go_while_stable_and_not_known_to_return_less(
-    monkeypatch, in_score, in_value, error, factor
-):
+def test_the_learner_is_let_go_while_stable_and_held_while_not():
     _, learner, evaluator, _ = make(hold=0.4, **LIMITS)
-    monkeypatch.setattr(evaluator, "score_gain", lambda: in_score)
-    evaluator.hold = 0.5
-    records = [row(**CONTROL)] * 4 + [row(gain=gain, error=error * evaluator.scale) for gain in in_value]
-    log = judged(evaluator, learner, records)
-    assert float(learner.anchor) == pytest.approx(0.2 * factor) and log["hold"] == pytest.approx(0.5 * factor)
-    assert ("score_gain" in log) == (in_score != UNKNOWN) and ("learner_gain" in log) == (not math.isnan(in_value[0]))
-    for _ in range(50):  # never less than a quarter, and no more than all
-        judged(evaluator, learner, records)
-    assert float(learner.anchor) == pytest.approx({0.97: 0.1, 1.0: 0.2, 1.1: 0.4}[factor])
+    for gain, error, factor, end in ((1.0, 0.0, 0.97, 0.25), (-1.0, 0.0, 0.97, 0.25), (1.0, 9.0, 1.1, 1.0)):
+        evaluator.hold, records = 0.5, [row(**CONTROL)] * 4 + [row(gain=gain, error=error * evaluator.scale)] * 4
+        log = judged(evaluator, learner, records)
+        assert log["hold"] == pytest.approx(0.5 * factor) and float(learner.anchor) == pytest.approx(0.2 * factor)
+        for _ in range(50):  # never less than a quarter, and no more than all
+            log = judged(evaluator, learner, records)
+        assert log["hold"] == end and float(learner.anchor) == pytest.approx(0.4 * end)
+
+
+def test_gains_are_logged_where_they_are_known(monkeypatch):
+    _, learner, evaluator, _ = make()
+    names = {"score_gain", "score_gain_error", "learner_gain", "learner_gain_error"}
+    assert names.isdisjoint(judged(evaluator, learner, [row(**CONTROL)] * 4))
+    monkeypatch.setattr(evaluator, "score_gain", lambda: (3.0, 2.0))
+    log = judged(evaluator, learner, [row(**CONTROL)] * 4 + [row(gain=gain) for gain in (1.0, 3.0)] * 2)
+    assert [log[name] for name in sorted(names)] == pytest.approx([2.0, math.sqrt(4 / 3 * 4) / 4, 3.0, 2.0])
 
 
 # ---- stability ----

@@ -13,10 +13,10 @@ Our choices:
 [D1] Online time is cut into short segments. In some the evaluator selects, action by action; in probes the learner acts
      alone and without noise, as it would be deployed: a Q that has not seen what the learner's actions lead to
      overrates them, and yet looks calibrated. A probe goes on to the end of its episode, for a fall may come hundreds
-     of steps after what led to it. Once the new Q is stable, more of them are whole episodes, the more the freer the
-     learner is [D8]: what it does in states that the retained policy has led to says little of what it would do by
-     itself (hopper: from there on a learner of 95 returned 20 less than a retained policy of 60). Selected segments
-     have the learner's noise, which is not deployed.
+     of steps after what led to it. It may begin once TD error and drift are small, and once the new Q is stable others
+     are whole episodes: what the learner does in states that the retained policy has led to says little of what it
+     would do by itself (hopper: from there on a learner of 95 returned 20 less than a retained policy of 60). Selected
+     segments have the learner's noise, which is not deployed.
 [D2] The learner is SAC from the offline policy's mean action, at a fixed small temperature: a learned one ran away.
 [D3] Its critics start as IQL's (LayerNorm critics fitted to IQL's Q on the dataset overrated its actions at once).
      Batches are half dataset, half online. No update before a window of segments.
@@ -35,15 +35,15 @@ Our choices:
 [D7] Policy evaluation takes the inverse-variance mean of the critic at start states, fitted Q evaluation there, and its
      correction by gains obtained. Discounted by 0.99, all see little of where an episode ends. So the returns of the
      learner's latest whole episodes are compared with the retained policy's, too. A learner is proposed when its Q is
-     stable and either the lower bound of the mean is above the estimate of the pair so far and probes lost nothing, or
-     that of the gain in score is above 0. Then a frozen copy of it acts alone in whole episodes, in turn with the
-     retained policy until that has ten of its own, and replaces the pair once it returns more on average and a
-     one-sided rank test (Mann-Whitney) says that it is better; one that after three does not return more, is in doubt
-     by more than 0.3 then or still in doubt after ten, is refused. 9 % of equal copies pass. (By a t test a single fall
-     in one of 18 halfcheetah episodes, 47 and 45 otherwise, was a refusal.) Each refusal doubles the time to the next
-     proposal. The replaced policy is kept, too: every other episode is one of the new one's, whole, until it has ten,
-     and if the former one's returned more on average, it is retained again. (walker2d: a copy that returned 69 three
-     times, 66 before it, fell in half of its other episodes.)
+     stable and either the lower bound of the mean is above the estimate of the pair so far and it is not known to have
+     lost anything, or that of the gain in score is above 0. Then a frozen copy of it acts alone in whole episodes, in
+     turn with the retained policy until that has ten of its own, and replaces the pair once it returns more on average
+     and a one-sided rank test (Mann-Whitney) says that it is better; one that after three does not return more, is in
+     doubt by more than 0.3 then or still in doubt after ten, is refused. 9 % of equal copies pass. (By a t test a
+     single fall in one of 18 halfcheetah episodes, 47 and 45 otherwise, was a refusal.) Each refusal doubles the time
+     to the next proposal. The replaced policy is kept, too: every other episode is one of the new one's, whole, until
+     it has ten, and if the former one's returned more on average, it is retained again. (walker2d: a copy that returned
+     69 three times, 66 before it, fell in half of its other episodes.)
 [D8] A learner that may rarely act gets few data to correct what it overrates. So its policy loss holds it to the
      retained policy, as TD3+BC (Fujimoto, Gu 2021) does to the data: ever less while it is stable, but never less than
      a quarter (hopper's learner falls for good without), more while not. Whether it is any better does not matter here,
@@ -136,7 +136,7 @@ class Args:
     evaluator: Literal["frozen-until-stable", "offline", "online"] = "frozen-until-stable"  # whose Q selects [D5]
     selection: Literal["greedy", "softmax"] = "greedy"  # softmax: in training, by chance where the promises are close
     segment_steps: int = 100  # at most; episodes end them too [D1]
-    probe_rate: float = 0.15  # chance that a segment begins a probe, once TD error and drift are small [D1]
+    probe_rate: float = 0.15  # chance that a segment, or an episode, begins a probe where one may [D1]
     control_share: float = 0.1  # of the segments, of the retained policy alone, once there is a margin
     window: int = 10  # segments, probes or controls that a judgement looks back on; half as many will do
     td_limit: float = 0.05  # mean TD error, in units of the mean absolute reward's value [D5]
@@ -840,7 +840,8 @@ class Evaluator(nn.Module):
             log |= {"retained_value": retained, "retained_error": retained_error}
             log |= {"learner_value": value, "learner_error": error, "learner_lower": lower}
             by_score, by_value = gains
-            better = by_score[0] > args.bound_errors * by_score[1] or (lower > retained and by_value[0] >= 0)
+            lost = by_value[0] < 0 or by_score[0] < -by_score[1]
+            better = by_score[0] > args.bound_errors * by_score[1] or (lower > retained and not lost)
             better &= not self.proving and args.evaluator == "frozen-until-stable"
             if better and ((due and not self.parting) or (self.stable and self.segments >= self.next_proposal)):
                 copy_weights(learner, self.pairs[1])
@@ -907,13 +908,13 @@ class Evaluator(nn.Module):
     def next_episode(self) -> None:
         """Whether it is wholly one policy's: the retained one's three times at first, and every other time after a
         replacement, until ten are known of it; while a learner is proving, in turn its copy's and the retained one's;
-        else the learner's own, once its Q is stable, the more often the freer it is."""
+        else now and then the learner's own, once its Q is stable."""
         (known, _, former, _), last, self.alone = map(len, self.returns), self.alone, -1
         if self.args.evaluator == "frozen-until-stable" and (self.proving or known < 3):
             self.alone = int(known >= 10 or (known >= 3 and last != 1))
         elif former and last != 0:
             self.alone = 0
-        elif self.stable and np.random.rand() < self.args.probe_rate / self.hold:
+        elif self.stable and np.random.rand() < self.args.probe_rate:
             self.alone = 3
         kinds = {0: "control", 1: "trial", 3: "probe"}
         self.kind = kinds.get(self.alone, "select" if self.kind == "trial" else self.kind)

@@ -315,6 +315,8 @@ def test_end_segment_keeps_gain_errors_and_promises():
         ((11.0, 0.6), 1.0, True, False),
         ((11.0, 0.4), -1.0, True, False),
         ((11.0, 0.4), 1.0, False, False),
+        ((11.0, 0.4, -0.9, 1.0), 1.0, True, True),
+        ((11.0, 0.4, -1.1, 1.0), 1.0, True, False),  # whole episodes returned less
         ((9.0, 0.4, 2.1, 1.0), -1.0, True, True),  # values say no, what probes returned says yes
         ((9.0, 0.4, 2.0, 1.0), -1.0, True, False),
         ((9.0, 0.4, 2.1, 1.0), -1.0, False, False),
@@ -352,11 +354,11 @@ def test_score_gain_is_the_difference_of_whole_episodes():
     assert evaluator.predicted_score() == pytest.approx(30.0 + 8.0)
 
 
-def test_whole_episodes_are_the_learners_once_its_q_is_stable_and_the_more_the_freer_it_is():
+def test_now_and_then_an_episode_is_the_learners_once_its_q_is_stable():
     evaluator = make(probe_rate=0.2)[2]
     evaluator.returns[0] = [1.0] * 3
-    for stable, hold, share in ((False, 0.25, 0.0), (True, 1.0, 0.2), (True, 0.25, 0.8)):
-        evaluator.stable, evaluator.hold, alone = stable, hold, []
+    for stable, share in ((False, 0.0), (True, 0.2)):
+        evaluator.stable, alone = stable, []
         for _ in range(500):
             evaluator.kind = "select"
             evaluator.next_episode()

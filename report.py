@@ -145,7 +145,7 @@ def read_report(folder: Path) -> list[dict]:
 
 def merged(fresh: list[dict], earlier: list[dict]) -> list[dict]:
     """Run folders take the place of what was reported of them, unless they have become runs of other settings or are
-    no longer complete. Run folders of one name get numbers."""
+    no longer complete, or that was superseded by another version. Run folders of one name get numbers."""
     old, rows, times = defaultdict(list), [], Counter()
     for row in earlier:
         row["run"] = row["run"].split(" (")[0]
@@ -157,8 +157,10 @@ def merged(fresh: list[dict], earlier: list[dict]) -> list[dict]:
             continue
         rows.append(row)
         other = [before for before in there if any(before[key] != row[key] for key in (*PROTOCOL, "settings"))]
-        old[row["run"]] = [before for before in other if not before["apart"].startswith(UNUSABLE[0])]
-        if old[row["run"]]:
+        other = [before for before in other if not before["apart"].startswith(UNUSABLE[0])]
+        past = [before for before in there if before["apart"].startswith(UNUSABLE[2]) and before["code"] != row["code"]]
+        old[row["run"]] = past + [before for before in other if before not in past]
+        if other:
             print(f"{row['run']}: of other settings than what was reported of it, which is kept beside it")
     rows += [row for run in old.values() for row in run]
     rows.sort(key=lambda row: (row["task"], row["script"], row["seed"]))

@@ -319,6 +319,19 @@ def test_a_run_of_other_settings_does_not_take_the_place_of_a_reported_one(tmp_p
         assert [row["apart"][:18] for row in rows if row["apart"]] == ["different settings"] and len(rows) == 4
 
 
+def test_a_run_marked_as_superseded_stays_apart_from_that_of_the_present_version(tmp_path):
+    for seed in (1, 2):
+        make_run(tmp_path / "runs", seed=seed)
+    rows, _ = run_report(tmp_path / "runs", out=tmp_path / "results")
+    rows[0] |= {"apart": "superseded: an earlier version", "code": "older"}
+    report.write_csv(rows, tmp_path / "results/per_seed.csv")
+    make_run(tmp_path / "present", seed=1, scores=(70, 70, 70))
+    for _ in range(2):  # reported again, nothing is there twice
+        rows, _ = run_report(tmp_path / "present", tmp_path / "results", out=tmp_path / "results")
+        found = {row["final_score"]: row["apart"] for row in rows if row["seed"] == "1"}
+        assert len(rows) == 3 and found.pop(70) == "" and list(found.values()) == ["superseded: an earlier version"]
+
+
 @pytest.mark.parametrize("order", [("trial", "full"), ("full", "trial")])
 def test_of_two_runs_of_a_seed_that_of_the_settings_of_the_others_stays(tmp_path, order):
     for seed in (1, 2, 3):

@@ -7,7 +7,7 @@
 #   ./benchmark.sh --tasks "hopper-medium" --scripts "jsrl_gated jsrl_gated:open" --seeds "1 2" --online-steps 20000
 #   ./benchmark.sh --dry-run            print what is left to run, one command a line
 #   ./benchmark.sh --slurm --workers 8  the same as job arrays, at most 8 at a time; --sbatch "--gres=gpu:1 --time=8:00:00"
-#   ./benchmark.sh speed [--json]       updates/s and steps/s of each script; [--scripts ...] [--threads "1 2"]
+#   ./benchmark.sh speed [--json]       updates/s and steps/s of each script; speed --help lists its options
 #
 # Options: --preset quick|readme|full --tasks --scripts --seeds --offline-steps --online-steps --workers --run-dir --dry-run
 #          --slurm --sbatch "OPTIONS"; whatever follows -- goes to every command (-- --dataset stand-in --no-cuda).
@@ -165,158 +165,8 @@ EOF
   done
 }
 
-speed() {
-  python - "$@" <<'EOF'
-"""Offline updates/s and online environment steps/s of each script, and the share of the machine's own limit."""
-import argparse, atexit, contextlib, dataclasses, importlib, io, itertools, json, os, shutil, sys, tempfile, time
-from functools import partial
-
-import numpy as np
-import torch
-from torch.utils.flop_counter import FlopCounterMode
-
-KNOWN = {"scripts": "iql_finetune jsrl_gated sft_reset cal_ql", "modes": "eager compile graph compile+graph",
-         "precisions": "highest high medium"}
-parser = argparse.ArgumentParser("benchmark.sh speed", description=__doc__)
-parser.add_argument("--json", action="store_true", help="one JSON list instead of a table")
-parser.add_argument("--scripts", default=KNOWN["scripts"])
-parser.add_argument("--threads", default="1 2", type=lambda words: [int(word) for word in words.split()],
-                    help="of PyTorch on the CPU")
-parser.add_argument("--modes", default=KNOWN["modes"], help="graph: with CUDA only")
-parser.add_argument("--precisions", default="highest medium", help="--matmul-precision; highest is float32")
-parser.add_argument("--seconds", type=float, default=5, help="of each offline measurement")
-parser.add_argument("--online-steps", type=int, default=1500, help="of each online measurement, the last two thirds timed")
-cli = parser.parse_args()
-for option, known in KNOWN.items():
-    if unknown := set(getattr(cli, option).split()) - set(known.split()):
-        parser.error(f"--{option}: unknown {' '.join(sorted(unknown))}; there are: {known}")
-sys.path.insert(0, os.getcwd())
-OBS, ACTION, N = 11, 3, 100_000  # hopper's sizes
-CUDA = torch.cuda.is_available()
-MODES = [mode for mode in cli.modes.split() if CUDA or "graph" not in mode]
-if not MODES:
-    parser.error("--modes: a graph needs a CUDA device, and there is none here; there are: eager compile")
-DEVICE = torch.device("cuda" if CUDA else "cpu")
-
-
-def rate(fn, per_call, seconds):
-    """Calls of `fn` per second, times `per_call`, after five calls of warm-up (compilation, capture)."""
-    for _ in range(5):
-        fn()
-    sync, calls, began = torch.cuda.synchronize if CUDA else lambda: None, 0, time.perf_counter()
-    sync()
-    while time.perf_counter() - began < seconds:
-        fn()
-        calls += 1
-        sync()
-    return per_call * calls / (time.perf_counter() - began)
-
-
-def offline(script, args, mode):
-    """Updates/s as in `train`'s offline phase, and the matmul FLOPs of one of them."""
-    rng, dims = np.random.default_rng(0), {"obs": OBS, "next_obs": OBS, "action": ACTION}
-    data = {key: rng.uniform(-1, 1, (N, dims[key]) if key in dims else N) for key in script.ReplayBuffer.keys}
-    data = {key: value.astype(np.float32) for key, value in data.items()} | {"terminated": np.zeros(N, np.float32)}
-    buffer = script.ReplayBuffer(data, 1_000, DEVICE)
-    with DEVICE:
-        agent = script.Agent(OBS, ACTION, args)
-    with FlopCounterMode(display=False) as counter:
-        agent.update(buffer.sample(args.batch_size))
-    agent.loss = torch.compile(agent.loss) if "compile" in mode else agent.loss
-    update = partial(script.run_updates, agent, buffer, 50 if "graph" in mode else 10)
-    update = script.CudaGraph(update) if "graph" in mode else update
-    return rate(update, 50 if "graph" in mode else 10, cli.seconds), counter.get_total_flops()
-
-
-def online(script, args):
-    """Environment steps/s of `train`'s online phase in Hopper-v4, from when its buffer is a third full to the end."""
-    times, add = [], script.ReplayBuffer.add
-    script.ReplayBuffer.add = lambda *a, **k: (times.append(time.perf_counter()), add(*a, **k))[1]
-    out = io.StringIO()
-    try:
-        with tempfile.TemporaryDirectory() as args.run_dir, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-            script.train(args)
-    finally:
-        script.ReplayBuffer.add = add
-    third = len(times) // 3
-    return (len(times) - third) / (times[-1] - times[third])
-
-
-def toy_dataset():
-    """2,000 steps of a random policy in Hopper-v4, as a local Minari dataset."""
-    import gymnasium as gym, minari
-    from minari.data_collector import EpisodeBuffer
-
-    os.environ["MINARI_DATASETS_PATH"] = folder = tempfile.mkdtemp(prefix="speed-")
-    atexit.register(shutil.rmtree, folder)
-    env, buffers, n = gym.make("Hopper-v4"), [], 0
-    env.action_space.seed(0)
-    while n < 2_000:
-        obs, over, rows = [env.reset(seed=n)[0]], False, []
-        while not over:
-            action = env.action_space.sample()
-            o, reward, terminated, truncated, _ = env.step(action)
-            obs.append(o)
-            rows.append((action, reward, terminated, truncated))
-            over, n = terminated or truncated, n + 1
-        actions, rewards, terminations, truncations = map(list, zip(*rows))
-        buffers.append(EpisodeBuffer(id=len(buffers), observations=np.array(obs), actions=np.array(actions),
-                                     rewards=rewards, terminations=terminations, truncations=truncations))
-    with contextlib.redirect_stderr(io.StringIO()):
-        minari.create_dataset_from_buffers("o2o/hopper/speed-v0", buffers, env=env, ref_min_score=-20.3, ref_max_score=3234.3)
-
-
-def main():
-    import warnings
-
-    warnings.simplefilter("ignore")
-    toy_dataset()
-    rows = []
-    for n, precision in itertools.product([1] if CUDA else cli.threads, cli.precisions.split()):
-        os.environ["OMP_NUM_THREADS"] = str(n)
-        torch.set_num_threads(n)
-        torch.set_float32_matmul_precision(precision)
-        a, b = (torch.randn(256, 256, device=DEVICE) for _ in range(2))
-        limit = 2 * 256**3 * rate(lambda: [a @ b for _ in range(50)], 50, min(cli.seconds, 2))
-        for name, mode in itertools.product(cli.scripts.split(), MODES):
-            script = importlib.import_module(name)
-            args = script.Args(
-                env_id="o2o/hopper/speed-v0", cuda=CUDA, offline_steps=50, online_steps=cli.online_steps,
-                eval_every=10**6, eval_episodes=1, save_every=10**6, compile="compile" in mode, cuda_graph="graph" in mode,
-                matmul_precision=precision)
-            for name_of_wait in {"warmup_steps", "window"} & set(vars(args)):  # before the phase that is timed
-                setattr(args, name_of_wait, 2)
-            domain = args.domain_values["any"] | args.domain_values["locomotion"]  # which train() finds itself
-            row = {"script": name, "mode": mode, "threads": n, "precision": precision}
-            try:
-                row["updates_per_s"], flops = offline(script, dataclasses.replace(args, **domain), mode)
-                torch.set_num_threads(n)
-                row["steps_per_s"] = online(script, args)
-                row |= {"gflop_per_update": flops / 1e9, "limit_updates_per_s": limit / flops}
-                row["share_of_limit"] = row["updates_per_s"] * flops / limit
-            except (Exception, SystemExit) as error:  # one that cannot run does not hide the others
-                row["error"] = repr(error)[:200]
-            rows.append(row)
-            print(f"{name} {mode} threads={n} {precision}: {row.get('updates_per_s', float('nan')):.0f} updates/s, "
-                  f"{row.get('steps_per_s', float('nan')):.0f} steps/s {row.get('error', '')}", file=sys.stderr)
-    if cli.json:
-        return print(json.dumps(rows, indent=2))
-    print(f"\nPyTorch {torch.__version__} on {torch.cuda.get_device_name() if CUDA else 'CPU'}; limit: FLOPs/s of a "
-          "256x256x256 matmul timed in the same run, at the same threads and precision\n")
-    print("| script | mode | threads | precision | offline updates/s | online steps/s | GFLOP/update | limit updates/s | share |")
-    print("|-|-|-|-|-|-|-|-|-|")
-    for row in rows:
-        numbers = [f"{row.get(key, float('nan')):.{digits}f}" for key, digits in (
-            ("updates_per_s", 0), ("steps_per_s", 0), ("gflop_per_update", 2), ("limit_updates_per_s", 0), ("share_of_limit", 2))]
-        print("|", " | ".join([row["script"], row["mode"], str(row["threads"]), row["precision"], *numbers]), "|")
-
-
-main()
-EOF
-}
-
 # ---- command line ----
-[[ ${1:-} == speed ]] && { speed "${@:2}"; exit; }
+[[ ${1:-} == speed ]] && exec python speed.py "${@:2}"
 WORKERS=$(nproc) DRY_RUN="" SLURM="" SBATCH="--gres=gpu:1 --cpus-per-task=2" own=" $* "
 preset quick
 [[ "${own%% -- *} " =~ \ --preset\ ([^ ]+) ]] && preset "${BASH_REMATCH[1]}" # first, so that other options win over it

@@ -21,29 +21,31 @@ Our choices:
 [D3] Its critics start as IQL's (LayerNorm critics fitted to IQL's Q on the dataset overrated its actions at once).
      Batches are half dataset, half online. No update before a window of segments.
 [D4] The learner acts in a state only if both critics of the selecting Q promise more than a margin above the retained
-     action: the excess of promised over obtained gains in recent segments, plus its standard error. Ties are the
-     retained pair's. Where the latest selections lost by more than their standard error it acts alone, until they are
-     five windows old. Selections act in training only; deployed is the retained policy, which gains by replacement
-     [D7]: gains are measured by values that discount by 0.99 and miss what ends an episode, so that deployed selections
-     known to gain lost hopper 45 points and walker2d 10.
+     action: the excess of promised over obtained gains in recent segments, plus its standard error; none, once the new
+     Q is stable, for a learner that seldom acts seldom learns (hopper's got a quarter of the states and stayed at 47;
+     without a margin it got half of them, and 70 to 100). Ties are the retained pair's. Where the latest selections
+     lost by more than their standard error it acts alone, until they are five windows old. Selections act in training
+     only; deployed is the retained policy, which gains by replacement [D7]: gains are measured by values that discount
+     by 0.99 and miss what ends an episode, so that deployed selections known to gain lost hopper 45 points and walker2d
+     10.
 [D5] Stable is a new Q whose TD error, drift at fixed states and excess over k-step returns in probes are small over a
-     window; it stays so until one exceeds twice its limit or is not known, for want of recent probes. Until then the
-     retained Q selects, under the same rule. To promise less than is obtained does no harm, and SAC's Q does: it is of
-     noisy actions, the lower of two, with a negative entropy (halfcheetah: 76 of 110).
+     window, as long as the latest episodes of no single policy did not return less than the retained policy's by more
+     than two standard errors. It stays so until one of the three exceeds twice its limit or is not known, for want of
+     recent probes. Until then the retained Q selects, under the same rule. To promise less than is obtained does no
+     harm, and SAC's Q does: it is of noisy actions, the lower of two, with a negative entropy (halfcheetah: 76 of 110).
 [D6] A gain obtained is a sum of TD errors of the retained policy's fitted Q. Whatever is wrong with that Q shows in the
      segments of the retained policy alone and is subtracted.
 [D7] Policy evaluation takes the inverse-variance mean of the critic at start states, fitted Q evaluation there, and its
-     correction by gains obtained. Discounted by 0.99, all see little of where an episode ends. So the returns of the
-     learner's latest whole episodes are compared with the retained policy's, too. A learner is proposed when its Q is
-     stable and either the lower bound of the mean is above the estimate of the pair so far and it is not known to have
-     lost anything, or that of the gain in score is above 0. Then a frozen copy of it acts alone in whole episodes, in
-     turn with the retained policy until that has ten of its own, and replaces the pair once it returns more on average
-     and a one-sided rank test (Mann-Whitney) says that it is better; one that after three does not return more, is in
-     doubt by more than 0.3 then or still in doubt after ten, is refused. 9 % of equal copies pass. (By a t test a
-     single fall in one of 18 halfcheetah episodes, 47 and 45 otherwise, was a refusal.) Each refusal doubles the time
-     to the next proposal. The replaced policy is kept, too: every other episode is one of the new one's, whole, until
-     it has ten, and if the former one's returned more on average, it is retained again. (walker2d: a copy that returned
-     69 three times, 66 before it, fell in half of its other episodes.)
+     correction by gains obtained. A learner is proposed when its Q is stable and the lower bound of this mean is above
+     the estimate of the pair so far, if nothing says that it lost. Discounted by 0.99, all three see little of where an
+     episode ends. So one is proposed, too, when a whole episode of its own returned more than the upper quartile of the
+     retained policy's. Then a frozen copy of it acts alone in every other episode. It replaces the pair once it has
+     three, returned more on average and a one-sided rank test (Mann-Whitney) says that it is better; as soon as it does
+     not return more on average, is in doubt by more than 0.3 after three or still in doubt after ten, it is refused. 8
+     % of equal copies pass. (By a t test a single fall in one of 18 halfcheetah episodes, 47 and 45 otherwise, was a
+     refusal.) Between trials is a window of segments. The replaced policy is kept, too: every other episode is one of
+     the new one's, whole, until it has ten, and if the former one's returned more on average, it is retained again.
+     (walker2d: a copy that returned 69 three times, 66 before it, fell in half of its other episodes.)
 [D8] A learner that may rarely act gets few data to correct what it overrates. So its policy loss holds it to the
      retained policy, as TD3+BC (Fujimoto, Gu 2021) does to the data: ever less while it is stable, but never less than
      a quarter (hopper's learner falls for good without), more while not. Whether it is any better does not matter here,
@@ -136,7 +138,8 @@ class Args:
     evaluator: Literal["frozen-until-stable", "offline", "online"] = "frozen-until-stable"  # whose Q selects [D5]
     selection: Literal["greedy", "softmax"] = "greedy"  # softmax: in training, by chance where the promises are close
     segment_steps: int = 100  # at most; episodes end them too [D1]
-    probe_rate: float = 0.15  # chance that a segment, or an episode, begins a probe where one may [D1]
+    probe_rate: float = 0.15  # chance that a segment begins a probe where one may [D1]
+    whole_rate: float = 0.3  # chance that an episode is wholly the learner's, once its Q is stable [D1]
     control_share: float = 0.1  # of the segments, of the retained policy alone, once there is a margin
     window: int = 10  # segments, probes or controls that a judgement looks back on; half as many will do
     td_limit: float = 0.05  # mean TD error, in units of the mean absolute reward's value [D5]
@@ -681,10 +684,11 @@ class Evaluator(nn.Module):
         self.kind, self.stable, self.recovering = "select", False, False
         self.segments = self.stable_segments = self.probe_steps = 0
         self.replaced = self.restored = self.resets = self.renewed = 0
-        self.proving, self.parting, self.refused, self.next_proposal = False, False, 0, args.window
-        self.alone = -1  # whose the whole episode is, an index of `returns`; -1: of no one
+        self.proving, self.parting, self.next_proposal = False, False, args.window
+        self.alone = -1  # whose the whole episode is, an index of `returns`; -1: no one's
         self.hold = 1.0  # share of the most that the learner is held by [D8]
-        self.returns = [[], [], [], []]  # of whole episodes of each of `pairs` alone, and of the learner's latest
+        # Of whole episodes of each of `pairs` alone, of the learner's latest ones and of the latest that were no one's.
+        self.returns = [[], [], [], [], []]
         self.records, self.segment, self.values, self.history = [], [], [], []
         self.margins = [math.inf, math.inf]
         self.estimates = [[0.0, 0.0], [math.inf, math.inf]]  # value and its standard error; inf: not known yet
@@ -795,6 +799,8 @@ class Evaluator(nn.Module):
         limits = {"td_error": args.td_limit, "drift": args.drift_limit}
         healthy = within(log, limits, 2.0)
         self.stable = within(log, limits | {"calibration": args.calibration_limit}, 2.0 if self.stable else 1.0)
+        by_selection, error = self.score_gain(4)
+        self.stable &= not by_selection < -2 * error
         self.stable_segments += self.stable
         self.recovering = self.recovering and not self.stable and step - self.renewed < args.reset_every // 2
 
@@ -806,13 +812,15 @@ class Evaluator(nn.Module):
             errors = [ratio(promise[mixed] - net[mixed], acted[mixed]) for promise in promised]
             doubts = doubt * weight[mixed].sum() / acted[mixed].sum()
             self.margins = [float(max(excess, 0.0) + math.hypot(error, doubts)) for excess, error in errors]
+        if self.stable:
+            self.margins[1] = 0.0
         if min(len(controls), len(selected)) >= enough:
             obtained, error = ratio(net[selected], weight[selected])
             if obtained < -math.hypot(error, doubt):
                 self.margins = [math.inf, math.inf]
 
         # What the latest probes gained: in score, by whole episodes, and in value, by segments
-        gains = [self.score_gain(), (math.nan, math.inf)]
+        gains = [self.score_gain(3), (math.nan, math.inf)]
         if min(len(controls), len(probes)) >= enough:
             obtained, error = ratio(net[probes], weight[probes])
             gains[1] = float(obtained), math.hypot(error, doubt)
@@ -841,20 +849,17 @@ class Evaluator(nn.Module):
             log |= {"learner_value": value, "learner_error": error, "learner_lower": lower}
             by_score, by_value = gains
             lost = by_value[0] < 0 or by_score[0] < -by_score[1]
-            better = by_score[0] > args.bound_errors * by_score[1] or (lower > retained and not lost)
-            better &= not self.proving and args.evaluator == "frozen-until-stable"
-            if better and ((due and not self.parting) or (self.stable and self.segments >= self.next_proposal)):
-                copy_weights(learner, self.pairs[1])
-                self.proving, self.parting = True, due
+            if lower > retained and not lost and (self.stable or (due and not self.parting)):
+                self.prove(learner, last=due and not self.parting)
         else:
             self.estimates[1] = [math.inf, math.inf]  # of an older learner, or none
 
         # Reset [D9]
         if due and not self.proving:
-            reset(learner, buffer.sample(args.batch_size, 0.5))
+            reset(learner, buffer.sample(args.batch_size, 0.5))  # what was known of it is forgotten
             learner.anchor.fill_(self.most_hold)
             self.records, self.values, self.margins = [row for row in self.records if row[-1] < 0], [], [math.inf] * 2
-            self.hold, self.returns[3], self.estimates[1] = 1.0, [], [math.inf, math.inf]  # nothing is known of it
+            self.hold, self.returns[3:], self.estimates[1] = 1.0, [[], []], [math.inf, math.inf]
             self.stable, healthy, self.recovering, self.parting = False, False, True, False
             self.renewed, self.resets = step, self.resets + 1
         if args.evaluator == "online":
@@ -871,50 +876,61 @@ class Evaluator(nn.Module):
         log |= {"stable": self.stable, "recovering": self.recovering, "probe_steps": self.probe_steps}
         return log | {"replaced": self.replaced, "restored": self.restored, "resets": self.resets}
 
-    def score_gain(self) -> tuple[float, float]:
-        """By how much the learner's latest whole episodes returned more than the retained policy's, and its standard
+    def score_gain(self, i: int) -> tuple[float, float]:
+        """By how much the latest episodes of `returns[i]` returned more than the retained policy's, and its standard
         error, both in units of the score [D7]."""
-        own, latest = self.returns[0], self.returns[3]
+        own, latest = self.returns[0], self.returns[i]
         if len(own) < 3 or len(latest) < self.args.window // 2:
             return math.nan, math.inf
         error = math.hypot(*(np.std(returns, ddof=1) / math.sqrt(len(returns)) for returns in (own, latest)))
-        return self.score_of(3) - self.score_of(0), float(self.per_return * error)
+        return self.score_of(i) - self.score_of(0), float(self.per_return * error)
+
+    def prove(self, learner: Explorer, last: bool = False) -> None:
+        """A frozen copy of the learner is proposed, if it is time: whole episodes prove it [D7], the last before its
+        reset at any time [D9]."""
+        ready = not self.proving and self.args.evaluator == "frozen-until-stable"
+        if ready and (last or self.segments >= self.next_proposal):
+            copy_weights(learner, self.pairs[1])
+            self.proving, self.parting = True, self.parting or last
 
     def end_episode(self, learner: Explorer, step: int, episode_return: float) -> None:
-        """Whether the proposed learner is retained [D7]."""
+        """Whether the proposed learner is retained, or another proposed [D7]."""
         from scipy.stats import mannwhitneyu  # here, so that all scripts import the same on top
 
-        if self.alone >= 0:
-            self.returns[self.alone].append(float(episode_return))
-            self.returns[3] = self.returns[3][-self.args.window // 2 :]
+        self.returns[self.alone].append(float(episode_return))
+        for i in (3, 4):
+            self.returns[i] = self.returns[i][-self.args.window // 2 :]
         if self.returns[2] and len(self.returns[0]) == 10:
             if self.score_of(0) < self.score_of(2):
                 self.replace(learner, by=2)
             self.score, self.returns[2] = self.score_of(0), []
         old, new, *_ = self.returns
-        if len(new) >= 3:
+        if self.alone == 3 and old and episode_return > np.quantile(old, 0.75):
+            self.prove(learner)
+        if new:
             gain = float(np.mean(new) - np.mean(old))
-            p_value = mannwhitneyu(new, old, alternative="greater").pvalue
-            better = gain > 0 and bool(p_value <= 1 - self.args.replace_confidence)
+            p_value = mannwhitneyu(new, old, alternative="greater").pvalue if len(new) >= 3 else 0.0
+            better = len(new) >= 3 and gain > 0 and bool(p_value <= 1 - self.args.replace_confidence)
             if better or gain <= 0 or p_value > 0.3 or len(new) == 10:
-                self.refused = 0 if better else self.refused + 1
-                self.next_proposal = self.segments + self.args.window * 2**self.refused
+                self.next_proposal = self.segments + self.args.window
                 if better:
                     self.replace(learner, by=1)
-                    self.renewed = step
+                    self.renewed, self.parting = step, False
                 self.proving, self.returns[1] = False, []
         self.next_episode()
 
     def next_episode(self) -> None:
         """Whether it is wholly one policy's: the retained one's three times at first, and every other time after a
-        replacement, until ten are known of it; while a learner is proving, in turn its copy's and the retained one's;
-        else now and then the learner's own, once its Q is stable."""
-        (known, _, former, _), last, self.alone = map(len, self.returns), self.alone, -1
-        if self.args.evaluator == "frozen-until-stable" and (self.proving or known < 3):
-            self.alone = int(known >= 10 or (known >= 3 and last != 1))
-        elif former and last != 0:
+        replacement, until ten are known of it; while a learner is proving, its copy's every other time, and the
+        retained one's between until five are known of it; else now and then the learner's own, once its Q is stable."""
+        known, last, self.alone = len(self.returns[0]), self.alone, -1
+        if self.args.evaluator == "frozen-until-stable" and known < 3:
             self.alone = 0
-        elif self.stable and np.random.rand() < self.args.probe_rate:
+        elif self.proving and last != 1:
+            self.alone = 1
+        elif last != 0 and (self.returns[2] or (self.proving and known < 5)):
+            self.alone = 0
+        elif self.stable and not self.proving and np.random.rand() < self.args.whole_rate:
             self.alone = 3
         kinds = {0: "control", 1: "trial", 3: "probe"}
         self.kind = kinds.get(self.alone, "select" if self.kind == "trial" else self.kind)
@@ -931,7 +947,7 @@ class Evaluator(nn.Module):
         copy_weights(self.pairs[by], self.retained)
         copy_weights(self.retained.actor.net, learner.anchor_net)
         self.score, self.returns[0], self.returns[by] = self.score_of(by), self.returns[by], []
-        self.returns[3], self.margins, self.estimates[1] = [], [math.inf, math.inf], [math.inf, math.inf]
+        self.returns[3:], self.margins, self.estimates[1] = [[], []], [math.inf, math.inf], [math.inf, math.inf]
         for row in self.records:
             row[4] = math.nan
 
@@ -941,7 +957,7 @@ class Evaluator(nn.Module):
     def predicted_score(self) -> float:
         """The learner's score as policy evaluation sees it: by its latest whole episodes, if there are any to speak of,
         else that of the retained policy and the gain in value over it."""
-        if math.isfinite(self.score_gain()[1]):
+        if math.isfinite(self.score_gain(3)[1]):
             return self.score_of(3)
         return float(self.score + self.per_value * (self.estimates[1][0] - self.estimates[0][0]))
 
@@ -1054,7 +1070,7 @@ class Run:
         counts = "offline_steps online_steps eval_every eval_episodes save_every utd_ratio batch_size buffer_size"
         counts += " hidden segment_steps recovery_ratio n_actions critic_layers actor_layers"
         shares = "tau dropout expectile online_share mixing_ratio replace_confidence reset_share probe_rate"
-        shares += " control_share"
+        shares += " control_share whole_rate"
         amounts = "warmup_steps temperature anchor anchor_open tolerance hold reset_every beta conservative_weight"
         rules = (
             (counts, "be at least 1", lambda v: v >= 1),

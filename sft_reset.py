@@ -43,14 +43,17 @@ Our choices:
      three, returned more on average and a one-sided rank test (Mann-Whitney) says that it is better; as soon as it does
      not return more on average, is in doubt by more than 0.3 after three or still in doubt after ten, it is refused. 8
      % of equal copies pass. (By a t test a single fall in one of 18 halfcheetah episodes, 47 and 45 otherwise, was a
-     refusal.) Between trials is a window of segments. The replaced policy is kept, too: every other episode is one of
-     the new one's, whole, until it has ten, and if the former one's returned more on average, it is retained again.
-     (walker2d: a copy that returned 69 three times, 66 before it, fell in half of its other episodes.)
+     refusal.) After each is a window of segments before values may propose again. The replaced policy is kept, too:
+     every other episode is one of the new one's, whole, until it has ten, and if the former one's returned more on
+     average, it is retained again. (walker2d: a copy that returned 69 three times, 66 before it, fell in half of its
+     other episodes.)
 [D8] A learner that may rarely act gets few data to correct what it overrates. So its policy loss holds it to the
      retained policy, as TD3+BC (Fujimoto, Gu 2021) does to the data: ever less while it is stable, but never less than
-     a quarter (hopper's learner falls for good without), more while not. Whether it is any better does not matter here,
-     for it is not deployed: hopper's, held wherever it did not gain in value, stayed at 47, and one of 96, held because
-     its probes returned less, fell back to 59.
+     a quarter (hopper's learner falls for good without), nor than twice what it was held by when episodes began to
+     return less, until the retained policy is another; more while it is not stable. (walker2d's learner fell whenever
+     it was held by a third.) Whether it is any better does not matter here, for it is not deployed: hopper's, held
+     wherever it did not gain in value, stayed at 47, and one of 96, held because its probes returned less, fell back to
+     59.
 [D9] A reset is due `--reset-every` steps after the last, or after a replacement: a learner that has just proved better
      is not in a local optimum (one of hopper's, of 94, would have been reset untried). Where it is due, a learner whose
      bound and gain promise it is proposed a last time, stable or not: otherwise its best would be forgotten untried
@@ -686,7 +689,7 @@ class Evaluator(nn.Module):
         self.replaced = self.restored = self.resets = self.renewed = 0
         self.proving, self.parting, self.next_proposal = False, False, args.window
         self.alone = -1  # whose the whole episode is, an index of `returns`; -1: no one's
-        self.hold = 1.0  # share of the most that the learner is held by [D8]
+        self.hold, self.least_hold = 1.0, 0.25  # shares of the most that the learner is held by [D8]
         # Of whole episodes of each of `pairs` alone, of the learner's latest ones and of the latest that were no one's.
         self.returns = [[], [], [], [], []]
         self.records, self.segment, self.values, self.history = [], [], [], []
@@ -798,9 +801,12 @@ class Evaluator(nn.Module):
             log["calibration"] = max(excess, 0.0) + error
         limits = {"td_error": args.td_limit, "drift": args.drift_limit}
         healthy = within(log, limits, 2.0)
-        self.stable = within(log, limits | {"calibration": args.calibration_limit}, 2.0 if self.stable else 1.0)
-        by_selection, error = self.score_gain(4)
-        self.stable &= not by_selection < -2 * error
+        passed = within(log, limits | {"calibration": args.calibration_limit}, 2.0 if self.stable else 1.0)
+        loss, error = self.score_gain(4)
+        fell = loss < -2 * error
+        if self.stable and fell:
+            self.least_hold = min(2 * self.hold, 1.0)
+        self.stable = passed and not fell
         self.stable_segments += self.stable
         self.recovering = self.recovering and not self.stable and step - self.renewed < args.reset_every // 2
 
@@ -828,7 +834,7 @@ class Evaluator(nn.Module):
             log |= {name: obtained, f"{name}_error": error} if math.isfinite(error) else {}
 
         # Let the learner go while it is stable, hold it while it is not [D8]
-        self.hold = min(max(self.hold * (0.97 if self.stable else 1.1), 0.25), 1.0)
+        self.hold = min(max(self.hold * (0.97 if self.stable else 1.1), self.least_hold), 1.0)
         learner.anchor.fill_(self.most_hold * self.hold)
 
         # Policy evaluation [D7]
@@ -849,8 +855,10 @@ class Evaluator(nn.Module):
             log |= {"learner_value": value, "learner_error": error, "learner_lower": lower}
             by_score, by_value = gains
             lost = by_value[0] < 0 or by_score[0] < -by_score[1]
-            if lower > retained and not lost and (self.stable or (due and not self.parting)):
-                self.prove(learner, last=due and not self.parting)
+            ready = (due and not self.parting) or (self.stable and self.segments >= self.next_proposal)
+            if lower > retained and not lost and not self.proving and ready:
+                self.prove(learner)
+                self.parting = due
         else:
             self.estimates[1] = [math.inf, math.inf]  # of an older learner, or none
 
@@ -859,7 +867,7 @@ class Evaluator(nn.Module):
             reset(learner, buffer.sample(args.batch_size, 0.5))  # what was known of it is forgotten
             learner.anchor.fill_(self.most_hold)
             self.records, self.values, self.margins = [row for row in self.records if row[-1] < 0], [], [math.inf] * 2
-            self.hold, self.returns[3:], self.estimates[1] = 1.0, [[], []], [math.inf, math.inf]
+            self.hold, self.least_hold, self.returns[3:], self.estimates[1] = 1.0, 0.25, [[], []], [math.inf, math.inf]
             self.stable, healthy, self.recovering, self.parting = False, False, True, False
             self.renewed, self.resets = step, self.resets + 1
         if args.evaluator == "online":
@@ -885,13 +893,11 @@ class Evaluator(nn.Module):
         error = math.hypot(*(np.std(returns, ddof=1) / math.sqrt(len(returns)) for returns in (own, latest)))
         return self.score_of(i) - self.score_of(0), float(self.per_return * error)
 
-    def prove(self, learner: Explorer, last: bool = False) -> None:
-        """A frozen copy of the learner is proposed, if it is time: whole episodes prove it [D7], the last before its
-        reset at any time [D9]."""
-        ready = not self.proving and self.args.evaluator == "frozen-until-stable"
-        if ready and (last or self.segments >= self.next_proposal):
+    def prove(self, learner: Explorer) -> None:
+        """A frozen copy of the learner is proposed, unless one is: whole episodes prove it [D7]."""
+        if not self.proving and self.args.evaluator == "frozen-until-stable":
             copy_weights(learner, self.pairs[1])
-            self.proving, self.parting = True, self.parting or last
+            self.proving = True
 
     def end_episode(self, learner: Explorer, step: int, episode_return: float) -> None:
         """Whether the proposed learner is retained, or another proposed [D7]."""
@@ -948,6 +954,7 @@ class Evaluator(nn.Module):
         copy_weights(self.retained.actor.net, learner.anchor_net)
         self.score, self.returns[0], self.returns[by] = self.score_of(by), self.returns[by], []
         self.returns[3:], self.margins, self.estimates[1] = [[], []], [math.inf, math.inf], [math.inf, math.inf]
+        self.least_hold = 0.25
         for row in self.records:
             row[4] = math.nan
 

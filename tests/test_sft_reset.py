@@ -392,13 +392,13 @@ def test_returns_of_the_learners_whole_episodes_are_kept_while_they_are_recent_a
     assert evaluator.returns[3:] == [[], []], "they may be of a learner older than the copy"
 
 
-@pytest.mark.parametrize(("episode_return", "ready", "proposed"), [(57.6, 1, 1), (57.5, 1, 0), (57.6, 0, 0)])
-def test_a_learner_whose_whole_episode_returned_more_than_most_is_proposed(episode_return, ready, proposed):
+@pytest.mark.parametrize(("episode_return", "proposed"), [(57.6, True), (57.5, False)])
+def test_a_learner_whose_whole_episode_returned_more_than_most_is_proposed(episode_return, proposed):
     """The upper quartile of the retained policy's is 57.5."""
     for option, alone in (("frozen-until-stable", 3), ("frozen-until-stable", -1), ("offline", 3), ("online", 3)):
         _, learner, evaluator, _ = make(evaluator=option)
         evaluator.returns[0] = [40.0, 50.0, 55.0, 65.0] if option == "frozen-until-stable" else []
-        evaluator.alone, evaluator.segments = alone, 4 * ready
+        evaluator.alone = alone
         learner.actor.net[-1].bias.data += 1.0
         end_episode(evaluator, learner, episode_return)
         expected = proposed and (option, alone) == ("frozen-until-stable", 3)
@@ -420,6 +420,25 @@ def test_a_stable_q_needs_no_margin_and_is_not_stable_where_what_it_selects_retu
         records = [row(td_error=td_error, **CONTROL)] * 8 + [row(promised=(3.0, 3.0), gain=1.0, td_error=td_error)] * 8
         judged(evaluator, learner, records)
         assert evaluator.stable == (margin == 0.0) and evaluator.margins[1] == pytest.approx(margin, abs=1e-6)
+
+
+def test_after_a_fall_the_learner_is_held_by_twice_as_much_until_another_policy_is_retained():
+    _, learner, evaluator, _ = make(hold=0.4, **LIMITS)
+    records = [row(**CONTROL)] * 8 + [row()] * 8
+    for mixed, first, last in [
+        ([50.0, 52.0], 0.3 * 0.97, 0.25),
+        ([37.0, 38.0], 0.5, 1.0),  # held by 0.25 when it fell
+        ([50.0, 52.0], 0.97, 0.5),
+        ([37.0, 38.0], 1.0, 1.0),
+        ([50.0, 52.0], 1.0, 1.0),
+    ]:
+        evaluator.hold = 0.3 if first == 0.3 * 0.97 else evaluator.hold
+        evaluator.returns[0], evaluator.returns[4] = [40.0, 50.0, 60.0], mixed
+        held = [judged(evaluator, learner, records)["hold"] for _ in range(60)]
+        assert (held[0], held[-1]) == pytest.approx((first, last))
+    evaluator.returns[1] = [50.0, 51.0, 52.0]
+    evaluator.replace(learner, by=1)
+    assert [judged(evaluator, learner, records)["hold"] for _ in range(60)][-1] == 0.25
 
 
 def test_after_a_replacement_q_is_still_stable_and_gains_are_measured_anew():

@@ -86,6 +86,15 @@ def read_args(folder: Path) -> tuple[dict, dict, str]:
     return args, defaults, script
 
 
+def code_of(script: bytes) -> str:
+    """Hash of a script's statements: a comment, a docstring or a line break makes no new version."""
+    tree = ast.parse(script)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:]
+    return hashlib.sha1(ast.unparse(tree).encode()).hexdigest()[:7]
+
+
 def command(args: dict, defaults: dict, script: str) -> str:
     """The command that ran it: every value that is not the script's default, those of the task's domain included."""
     words = ["python", script]
@@ -110,7 +119,7 @@ def read_runs(folders: tuple[Path, ...]) -> list[dict]:
         row = {key: summary.get(key, args.get(key)) for key in COLUMNS}
         row |= {"task": args["env_id"], "script": args["exp_name"], "apart": ""}
         row["run"] = f"{row['dataset_id']}/{path.name}"  # the same folder name may be of official data and a stand-in
-        row |= {"code": hashlib.sha1(b"".join(p.read_bytes() for p in path.glob("*.py"))).hexdigest()[:7]}
+        row |= {"code": code_of(b"".join(p.read_bytes() for p in path.glob("*.py")))}
         row |= {"versions": " ".join(f"{name} {number}" for name, number in versions.items())}
         row["settings"] = {k: v for k, v in args.items() if k not in INDIFFERENT}
         row["domain"] = [k for k in row["settings"] if defaults.get(k) is None]

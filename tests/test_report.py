@@ -129,7 +129,11 @@ def test_runs_of_more_than_one_version_of_a_script_are_marked(tmp_path):
         path = make_run(tmp_path / "runs", seed=seed)
     rows, _ = run_report(tmp_path / "runs", out=tmp_path / "one")
     assert cells(report.main_table(rows, []), "iql_finetune")[2] == "2"
-    (path / "iql_finetune.py").write_text((path / "iql_finetune.py").read_text() + "# changed\n")
+    script, text = path / "iql_finetune.py", (path / "iql_finetune.py").read_text()
+    script.write_text(f'"""A docstring."""\n\n# a comment\n{text}')
+    rows, _ = run_report(tmp_path / "runs", out=tmp_path / "same")
+    assert cells(report.main_table(rows, []), "iql_finetune")[2] == "2", "nothing that it does has changed"
+    script.write_text(text + "changed = True\n")
     rows, text = run_report(tmp_path / "runs", out=tmp_path / "two")
     assert cells(report.main_table(rows, []), "iql_finetune")[2] == "2†" and "†: with more than one\nversion" in text
 
@@ -152,7 +156,7 @@ def test_headline_marks_scripts_of_more_than_one_version(tmp_path):
     for seed in (1, 2):
         path = make_run(tmp_path / "runs", script="jsrl_gated", seed=seed)
         make_run(tmp_path / "runs", seed=seed)
-    (path / "jsrl_gated.py").write_text((path / "jsrl_gated.py").read_text() + "# changed\n")
+    (path / "jsrl_gated.py").write_text((path / "jsrl_gated.py").read_text() + "changed = True\n")
     _, text = run_report(tmp_path / "runs", out=tmp_path / "out")
     assert cells(text, "jsrl_gated†", "iql_finetune")
 

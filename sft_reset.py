@@ -9,63 +9,51 @@ evaluate policies comprehensively, reset parameters periodically. The rest is ou
 `Explorer` the online one (SAC), `Evaluator` decides who acts, and `train`, the last function, is the run from top to
 bottom. Metrics: README.md.
 
-Our choices:
+Our choices, and what each rests on in results/README.md:
 [D1] Online time is cut into short segments. In some the evaluator selects, action by action; in probes the learner acts
-     alone and without noise, as it would be deployed: a Q that has not seen what the learner's actions lead to
-     overrates them, and yet looks calibrated. A probe goes on to the end of its episode, for a fall may come hundreds
-     of steps after what led to it. It may begin once TD error and drift are small, and once the new Q is stable others
-     are whole episodes: what the learner does in states that the retained policy has led to says little of what it
-     would do by itself (hopper: from there on a learner of 95 returned 20 less than a retained policy of 60). Selected
-     segments have the learner's noise, which is not deployed.
+     alone and without noise, as it would be deployed, to the end of its episode: a Q that has not seen what the
+     learner's actions lead to overrates them, and yet looks calibrated, and a fall may come hundreds of steps after
+     what led to it. A probe may begin once TD error and drift are small, and once the new Q is stable others are whole
+     episodes: what it does in states that the retained policy has led to says little of what it would do by itself.
+     Selected segments have the learner's noise, which is not deployed.
 [D2] The learner is SAC from the offline policy's mean action, at a fixed small temperature: a learned one ran away.
 [D3] Its critics start as IQL's (LayerNorm critics fitted to IQL's Q on the dataset overrated its actions at once).
      Batches are half dataset, half online. No update before a window of segments.
 [D4] The learner acts in a state only if both critics of the selecting Q promise more than a margin above the retained
      action: the excess of promised over obtained gains in recent segments, plus its standard error; none, once the new
-     Q is stable, for a learner that seldom acts seldom learns (hopper's got a quarter of the states and stayed at 47;
-     without a margin it got half of them, and 70 to 100). Ties are the retained pair's. Where the latest selections
-     lost by more than their standard error it acts alone, until they are five windows old. Selections act in training
-     only; deployed is the retained policy, which gains by replacement [D7]: gains are measured by values that discount
-     by 0.99 and miss what ends an episode, so that deployed selections known to gain lost hopper 45 points and walker2d
-     10.
+     Q is stable, for a learner that seldom acts seldom learns. Where its latest whole episodes gain, that is returned
+     more than the retained policy's by more than their standard error, it acts in every state. Ties are the retained
+     pair's. Where the latest selections lost by more than their standard error it acts alone, until they are five
+     windows old. Selections act in training only; deployed is the retained policy, which gains by replacement [D7]:
+     gains in value are discounted by 0.99 and miss what ends an episode.
 [D5] Stable is a new Q whose TD error, drift at fixed states and excess over k-step returns in probes are small over a
      window, as long as the latest episodes of no single policy did not return less than the retained policy's by more
      than two standard errors. It stays so until one of the three exceeds twice its limit or is not known, for want of
      recent probes. Until then the retained Q selects, under the same rule. To promise less than is obtained does no
-     harm, and SAC's Q does: it is of noisy actions, the lower of two, with a negative entropy (halfcheetah: 76 of 110).
+     harm, and SAC's Q does: it is of noisy actions, the lower of two, with a negative entropy.
 [D6] A gain obtained is a sum of TD errors of the retained policy's fitted Q. Whatever is wrong with that Q shows in the
      segments of the retained policy alone and is subtracted.
 [D7] Policy evaluation takes the inverse-variance mean of the critic at start states, fitted Q evaluation there, and its
      correction by gains obtained. A learner is proposed when its Q is stable and the lower bound of this mean is above
-     the estimate of the pair so far, if nothing says that it lost. Discounted by 0.99, all three see little of where an
-     episode ends. So one is proposed, too, when a whole episode of its own returned more than the upper quartile of the
-     retained policy's. Then a frozen copy of it acts alone in every other episode. It replaces the pair once it has
-     three, returned more on average and a one-sided rank test (Mann-Whitney) says that it is better; as soon as it does
-     not return more on average, is in doubt by more than 0.3 after three or still in doubt after ten, it is refused. 8
-     % of equal copies pass. (By a t test a single fall in one of 18 halfcheetah episodes, 47 and 45 otherwise, was a
-     refusal.) After each is a window of segments before values may propose again. The replaced policy is kept, too:
-     every other episode is one of the new one's, whole, until it has ten, and if the former one's returned more on
-     average, it is retained again. (walker2d: a copy that returned 69 three times, 66 before it, fell in half of its
-     other episodes.)
+     the estimate of the pair so far, if nothing says that it lost, or when a whole episode of its own returned more
+     than the upper quartile of the retained policy's, for discounted values see little of where an episode ends. Then
+     a frozen copy of it acts alone in every other episode. It replaces the pair once it has three, returned more on
+     average and a one-sided rank test (Mann-Whitney) says that it is better; as soon as it does not return more on
+     average, is in doubt by more than 0.3 after three or still in doubt after ten, it is refused. 8 % of equal copies
+     pass. After each is a window of segments before values may propose again. The replaced policy is kept, too: every
+     other episode is one of the new one's, whole, until it has ten, or the test leaves no doubt (0.01), and if the
+     former one's returned more on average, it is retained again.
 [D8] A learner that may rarely act gets few data to correct what it overrates. So its policy loss holds it to the
-     retained policy, as TD3+BC (Fujimoto, Gu 2021) does to the data: ever less while it is stable, but never less than
-     a quarter (hopper's learner falls for good without), nor than twice what it was held by when episodes began to
-     return less, until the retained policy is another; more while it is not stable. (walker2d's learner fell whenever
-     it was held by a third.) Whether it is any better does not matter here, for it is not deployed: hopper's, held
-     wherever it did not gain in value, stayed at 47, and one of 96, held because its probes returned less, fell back to
-     59.
+     retained policy, as TD3+BC (Fujimoto, Gu 2021) does to the data: ever less while it is stable, more while it is
+     not. Unless its whole episodes gain [D4], never less than a quarter, nor than twice what it was held by when
+     episodes began to return less, until the retained policy is another.
 [D9] A reset is due `--reset-every` steps after the last, or after a replacement: a learner that has just proved better
-     is not in a local optimum (one of hopper's, of 94, would have been reset untried). Where it is due, a learner whose
-     bound and gain promise it is proposed a last time, stable or not: otherwise its best would be forgotten untried
-     (halfcheetah: a learner of 49.5, above a retained policy of 44.6). The reset waits until an open proposal is
-     decided. Then all weights are drawn a fifth of the way to fresh ones (shrink and perturb: Ash, Adams 2020), with
-     more updates a step until the new Q is stable or half of the time to the next reset is over. A halfcheetah learner
-     of 51 was at 49 after 4,000 updates on the same replay; drawn half of the way (Schwarzer et al. 2023), at 46 even
-     after 10,000, and no sooner where its policy began as the retained one of 49: what critics know of small
-     differences between actions takes long to learn again. With wholly fresh weights, the plain reading of the
-     abstract, it was at 41. TD learning takes at most tau (1 - gamma) an update off an error in the level of all
-     values, and shrunk critics are too low, with half of fresh weights by 40 % still after 20,000 steps, so that no Q
-     was stable again. So the level is put back, as far as it goes linearly.
+     is not in a local optimum. Where it is due, a learner whose bound and gain promise it is proposed a last time,
+     stable or not, and the reset waits until an open proposal is decided. Then all weights are drawn a fifth of the way
+     to fresh ones (shrink and perturb: Ash, Adams 2020), with more updates a step until the new Q is stable or half of
+     the time to the next reset is over. The plain reading of the abstract, all fresh, is `--reset-share 1`. Shrunk
+     critics are too low, and TD learning takes at most tau (1 - gamma) an update off an error in the level of all
+     values, so that no Q was stable again. So the level is put back, as far as it goes linearly.
 """
 
 import contextlib
@@ -755,7 +743,7 @@ class Evaluator(nn.Module):
         with torch.no_grad():
             td_error = np.abs(backup - learner.target_critic(obs, action).mean(0).cpu().numpy()).mean() / self.scale
         promised = (discount * acted) @ gains[:, :2]
-        alone = self.kind == "control" or math.isinf(self.margins[self.active])  # only the retained policy could act
+        alone = self.kind == "control" or self.margins[self.active] == math.inf  # only the retained policy could act
         # 1: a probe, 0: selected, below 0: the retained policy alone, and -2 in the whole episode
         role = 1 if own else -2 if self.alone == 0 else -1 if alone else 0
         row = [discount.sum(), discount @ acted, *promised, gain, critic_error, fitted_error, td_error, role]
@@ -805,7 +793,7 @@ class Evaluator(nn.Module):
         loss, error = self.score_gain(4)
         fell = loss < -2 * error
         if self.stable and fell:
-            self.least_hold = min(2 * self.hold, 1.0)
+            self.least_hold = min(2 * max(self.hold, 0.25), 1.0)
         self.stable = passed and not fell
         self.stable_segments += self.stable
         self.recovering = self.recovering and not self.stable and step - self.renewed < args.reset_every // 2
@@ -818,15 +806,17 @@ class Evaluator(nn.Module):
             errors = [ratio(promise[mixed] - net[mixed], acted[mixed]) for promise in promised]
             doubts = doubt * weight[mixed].sum() / acted[mixed].sum()
             self.margins = [float(max(excess, 0.0) + math.hypot(error, doubts)) for excess, error in errors]
+        score_gain = self.score_gain(3)
+        better = score_gain[0] > score_gain[1]
         if self.stable:
-            self.margins[1] = 0.0
+            self.margins[1] = -math.inf if better else 0.0
         if min(len(controls), len(selected)) >= enough:
             obtained, error = ratio(net[selected], weight[selected])
             if obtained < -math.hypot(error, doubt):
                 self.margins = [math.inf, math.inf]
 
         # What the latest probes gained: in score, by whole episodes, and in value, by segments
-        gains = [self.score_gain(3), (math.nan, math.inf)]
+        gains = [score_gain, (math.nan, math.inf)]
         if min(len(controls), len(probes)) >= enough:
             obtained, error = ratio(net[probes], weight[probes])
             gains[1] = float(obtained), math.hypot(error, doubt)
@@ -834,7 +824,8 @@ class Evaluator(nn.Module):
             log |= {name: obtained, f"{name}_error": error} if math.isfinite(error) else {}
 
         # Let the learner go while it is stable, hold it while it is not [D8]
-        self.hold = min(max(self.hold * (0.97 if self.stable else 1.1), self.least_hold), 1.0)
+        least = 0.0 if better else self.least_hold
+        self.hold = min(max(self.hold * (0.97 if self.stable else 1.1), least), 1.0)
         learner.anchor.fill_(self.most_hold * self.hold)
 
         # Policy evaluation [D7]
@@ -873,15 +864,16 @@ class Evaluator(nn.Module):
         if args.evaluator == "online":
             self.margins[1] = 0.0  # the new Q has its way
         draw, otherwise = np.random.rand(), "sample" if args.selection == "softmax" else "select"
-        control = math.isfinite(self.margins[self.active]) and draw > 1 - args.control_share
+        control = self.margins[self.active] < math.inf and draw > 1 - args.control_share
         probe = healthy and (draw < args.probe_rate or (self.kind == "probe" and not over))
         self.kind = "probe" if probe else "control" if control else otherwise
         if not over and self.alone == 0:
             self.kind = "control"
         elif not over and self.alone == 3 and not probe:
             self.alone = -1
-        log |= {"margin": min(self.margins[self.active], self.scale), "hold": self.hold, "proving": self.proving}
+        log |= {"margin": float(np.clip(self.margins[self.active], -self.scale, self.scale)), "hold": self.hold}
         log |= {"stable": self.stable, "recovering": self.recovering, "probe_steps": self.probe_steps}
+        log |= {"proving": self.proving}
         return log | {"replaced": self.replaced, "restored": self.restored, "resets": self.resets}
 
     def score_gain(self, i: int) -> tuple[float, float]:
@@ -906,16 +898,18 @@ class Evaluator(nn.Module):
         self.returns[self.alone].append(float(episode_return))
         for i in (3, 4):
             self.returns[i] = self.returns[i][-self.args.window // 2 :]
-        if self.returns[2] and len(self.returns[0]) == 10:
+        rank_test = partial(mannwhitneyu, alternative="greater")
+        old, new, former, *_ = self.returns
+        if former and (len(old) >= 10 or rank_test(old, former).pvalue <= 0.01):
             if self.score_of(0) < self.score_of(2):
                 self.replace(learner, by=2)
             self.score, self.returns[2] = self.score_of(0), []
-        old, new, *_ = self.returns
+        old = self.returns[0]
         if self.alone == 3 and old and episode_return > np.quantile(old, 0.75):
             self.prove(learner)
         if new:
             gain = float(np.mean(new) - np.mean(old))
-            p_value = mannwhitneyu(new, old, alternative="greater").pvalue if len(new) >= 3 else 0.0
+            p_value = rank_test(new, old).pvalue if len(new) >= 3 else 0.0
             better = len(new) >= 3 and gain > 0 and bool(p_value <= 1 - self.args.replace_confidence)
             if better or gain <= 0 or p_value > 0.3 or len(new) == 10:
                 self.next_proposal = self.segments + self.args.window
@@ -927,16 +921,18 @@ class Evaluator(nn.Module):
 
     def next_episode(self) -> None:
         """Whether it is wholly one policy's: the retained one's three times at first, and every other time after a
-        replacement, until ten are known of it; while a learner is proving, its copy's every other time, and the
-        retained one's between until five are known of it; else now and then the learner's own, once its Q is stable."""
+        replacement, until that is settled; while a learner is proving, its copy's every other time, and the retained
+        one's between until five are known of it; else, once its Q is stable, the learner's own now and then, and twice
+        as often until enough of them are known."""
         known, last, self.alone = len(self.returns[0]), self.alone, -1
+        whole_rate = self.args.whole_rate * (1 if len(self.returns[3]) >= self.args.window // 2 else 2)
         if self.args.evaluator == "frozen-until-stable" and known < 3:
             self.alone = 0
         elif self.proving and last != 1:
             self.alone = 1
         elif last != 0 and (self.returns[2] or (self.proving and known < 5)):
             self.alone = 0
-        elif self.stable and not self.proving and np.random.rand() < self.args.whole_rate:
+        elif self.stable and np.random.rand() < whole_rate:
             self.alone = 3
         kinds = {0: "control", 1: "trial", 3: "probe"}
         self.kind = kinds.get(self.alone, "select" if self.kind == "trial" else self.kind)
@@ -953,8 +949,8 @@ class Evaluator(nn.Module):
         copy_weights(self.pairs[by], self.retained)
         copy_weights(self.retained.actor.net, learner.anchor_net)
         self.score, self.returns[0], self.returns[by] = self.score_of(by), self.returns[by], []
-        self.returns[3:], self.margins, self.estimates[1] = [[], []], [math.inf, math.inf], [math.inf, math.inf]
-        self.least_hold = 0.25
+        self.margins, self.estimates[1] = [math.inf, math.inf], [math.inf, math.inf]
+        self.returns[4], self.least_hold = [], 0.25
         for row in self.records:
             row[4] = math.nan
 

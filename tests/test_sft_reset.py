@@ -353,10 +353,10 @@ def test_score_gain_is_the_difference_of_whole_episodes():
 
 
 def test_now_and_then_an_episode_is_the_learners_once_its_q_is_stable():
-    evaluator = make(whole_rate=0.2)[2]
+    evaluator = make(whole_rate=0.2, window=4)[2]
     evaluator.returns[0] = [1.0] * 3
-    for stable, share in ((False, 0.0), (True, 0.2)):
-        evaluator.stable, alone = stable, []
+    for stable, known, share in ((False, [], 0.0), (True, [], 0.4), (True, [1.0], 0.4), (True, [1.0, 1.0], 0.2)):
+        evaluator.stable, evaluator.returns[3], alone = stable, known, []
         for _ in range(500):
             evaluator.kind = "select"
             evaluator.next_episode()
@@ -389,7 +389,7 @@ def test_returns_of_the_learners_whole_episodes_are_kept_while_they_are_recent_a
     assert evaluator.resets == 1 and evaluator.returns[3:] == [[], [9.0]], "they were of the learner before its reset"
     evaluator.returns[3], evaluator.returns[1] = [7.0, 8.0], [31.0]
     evaluator.replace(learner, by=1)
-    assert evaluator.returns[3:] == [[], []], "they may be of a learner older than the copy"
+    assert evaluator.returns[3:] == [[7.0, 8.0], []], "no one's were of the policy that is replaced, too"
 
 
 @pytest.mark.parametrize(("episode_return", "proposed"), [(57.6, True), (57.5, False)])
@@ -422,6 +422,24 @@ def test_a_stable_q_needs_no_margin_and_is_not_stable_where_what_it_selects_retu
         assert evaluator.stable == (margin == 0.0) and evaluator.margins[1] == pytest.approx(margin, abs=1e-6)
 
 
+def test_a_learner_whose_whole_episodes_gain_acts_in_every_state():
+    _, learner, evaluator, _ = make(**LIMITS)
+    evaluator.returns[0] = [49.0, 50.0, 51.0]
+    for td_error, latest, gain, margin in [
+        (0.1, [52.0, 54.0], 1.0, -math.inf),  # by 3, known to 1.2
+        (0.1, [50.0, 52.0], 1.0, 0.0),
+        (0.1, [54.0], 1.0, 0.0),  # not enough of them
+        (0.3, [52.0, 54.0], 1.0, 2.0),  # not stable
+        (0.1, [52.0, 54.0], -1.0, math.inf),  # what it selected lost
+    ]:
+        evaluator.returns[3] = latest
+        selected = [row(promised=(3.0, 3.0), gain=gain, td_error=td_error, probe=False)] * 8
+        probes = [row(promised=(3.0, 3.0), gain=gain, td_error=td_error)] * 8
+        log = judged(evaluator, learner, [row(td_error=td_error, **CONTROL)] * 8 + selected + probes)
+        assert evaluator.margins[1] == pytest.approx(margin, abs=1e-6) and math.isfinite(log["margin"])
+        assert evaluator.turn([-9.0, -9.0]) == (margin == -math.inf)
+
+
 def test_after_a_fall_the_learner_is_held_by_twice_as_much_until_another_policy_is_retained():
     _, learner, evaluator, _ = make(hold=0.4, **LIMITS)
     records = [row(**CONTROL)] * 8 + [row()] * 8
@@ -439,6 +457,11 @@ def test_after_a_fall_the_learner_is_held_by_twice_as_much_until_another_policy_
     evaluator.returns[1] = [50.0, 51.0, 52.0]
     evaluator.replace(learner, by=1)
     assert [judged(evaluator, learner, records)["hold"] for _ in range(60)][-1] == 0.25
+    for latest, last in (([52.0, 54.0], 0.25 * 0.97**60), ([50.0, 52.0], 0.25)):  # by 2 and 0 +- 1.2
+        evaluator.returns[3] = latest
+        assert [judged(evaluator, learner, records)["hold"] for _ in range(60)][-1] == pytest.approx(last)
+    evaluator.hold, evaluator.returns[4] = 0.1, [37.0, 38.0]
+    assert judged(evaluator, learner, records)["hold"] == 0.5
 
 
 def test_after_a_replacement_q_is_still_stable_and_gains_are_measured_anew():
@@ -498,9 +521,10 @@ def test_a_proposal_replaces_the_pair_only_after_whole_episodes_that_show_it(pro
         assert evaluator.renewed == 0
 
 
-@pytest.mark.parametrize(("later", "restored"), [(40.0, 1), (45.0, 1), (46.0, 0), (55.0, 0)])
-def test_a_replacement_is_undone_where_ten_episodes_say_that_it_was_wrong(later, restored):
-    """It returns `later` after its trial, in which it returned 61 on average and the former one 50."""
+@pytest.mark.parametrize(("later", "restored", "n"), [(40.0, 1, 7), (45.0, 1, 7), (46.0, 0, 7), (55.0, 0, 1)])
+def test_a_replacement_is_undone_where_ten_episodes_say_that_it_was_wrong(later, restored, n):
+    """It returns `later` after its trial, in which it returned 61 on average and the former one 50. That 60, 61, 62
+    and 55 are more than the former one's five, all below, is in doubt by 0.0095."""
     _, learner, evaluator, _ = make()
     evaluator.alone = -1
     prove(evaluator, learner, [49.0, 50.0, 51.0], [])
@@ -515,13 +539,23 @@ def test_a_replacement_is_undone_where_ten_episodes_say_that_it_was_wrong(later,
         assert evaluator.kind != "trial"
         whose.append(evaluator.alone)
         end_episode(evaluator, learner, {0: later, -1: 0.0}[evaluator.alone])
-    assert whose == [0, -1] * 6 + [0]
+    assert whose == [0, -1] * (n - 1) + [0]
     assert (evaluator.replaced, evaluator.restored, evaluator.alone) == (1, restored, -1)
     same = all(torch.equal(value, offline[key]) for key, value in evaluator.retained.actor.state_dict().items())
     assert same == bool(restored) == torch.equal(learner.anchor_net[-1].bias, offline["net.4.bias"])
-    kept = [49.0, 50.0, 51.0, 49.0, 51.0] if restored else [60.0, 61.0, 62.0] + [later] * 7
+    kept = [49.0, 50.0, 51.0, 49.0, 51.0] if restored else [60.0, 61.0, 62.0] + [later] * n
     assert evaluator.returns[:4] == [kept, [], [], []]
     assert evaluator.score == pytest.approx(np.mean(kept) - 10.0)
+
+
+def test_a_replacement_that_took_ten_episodes_is_asked_no_more():
+    _, learner, evaluator, _ = make()
+    evaluator.returns[:2] = [49.0, 50.0, 51.0, 49.5, 50.5], [52.0, 48.0, 53.0, 50.2, 54.0, 50.7, 55.0, 50.6, 56.0]
+    evaluator.proving, evaluator.alone = True, 1
+    end_episode(evaluator, learner, 56.0)
+    assert evaluator.replaced == 1 and len(evaluator.returns[0]) == 10 and evaluator.alone == 0
+    end_episode(evaluator, learner, 56.0)
+    assert evaluator.returns[2] == [] and evaluator.alone == -1 and evaluator.restored == 0
 
 
 def test_a_single_fall_does_not_decide():

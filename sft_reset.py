@@ -34,15 +34,16 @@ Our choices, and what each rests on in results/README.md:
 [D6] A gain obtained is a sum of TD errors of the retained policy's fitted Q. Whatever is wrong with that Q shows in the
      segments of the retained policy alone and is subtracted.
 [D7] Policy evaluation takes the inverse-variance mean of the critic at start states, fitted Q evaluation there, and its
-     correction by gains obtained. A learner is proposed when its Q is stable and the lower bound of this mean is above
-     the estimate of the pair so far, if nothing says that it lost, or when a whole episode of its own returned more
-     than the upper quartile of the retained policy's, for discounted values see little of where an episode ends. Then
-     a frozen copy of it acts alone in every other episode. It replaces the pair once it has three, returned more on
-     average and a one-sided rank test (Mann-Whitney) says that it is better; as soon as it does not return more on
-     average, is in doubt by more than 0.3 after three or still in doubt after ten, it is refused. 8 % of equal copies
-     pass. After each is a window of segments before values may propose again. The replaced policy is kept, too: every
-     other episode is one of the new one's, whole, until it has ten, or the test leaves no doubt (0.01), and if the
-     former one's returned more on average, it is retained again.
+     correction by gains obtained. A learner is proposed when its Q is stable and either its whole episodes gain [D4] or
+     the lower bound of this mean is above the estimate of the pair so far and nothing says that it lost. It is
+     proposed, too, when a single whole episode of its own returned more than the upper quartile of the retained
+     policy's, for discounted values see little of where an episode ends. Then a frozen copy of it acts alone in every
+     other episode. It replaces the pair once it has three, returned more on average and a one-sided rank test
+     (Mann-Whitney) says that it is better; as soon as it does not return more on average, is in doubt by more than 0.3
+     after three or still in doubt after ten, it is refused. 8 % of equal copies pass. After each is a window of
+     segments before values may propose again. The replaced policy is kept, too: every other episode is one of the new
+     one's, whole, until it has ten, or the test leaves no doubt (0.01), and if the former one's returned more on
+     average, it is retained again.
 [D8] A learner that may rarely act gets few data to correct what it overrates. So its policy loss holds it to the
      retained policy, as TD3+BC (Fujimoto, Gu 2021) does to the data: ever less while it is stable, more while it is
      not. Unless its whole episodes gain [D4], never less than a quarter, nor than twice what it was held by when
@@ -847,7 +848,7 @@ class Evaluator(nn.Module):
             by_score, by_value = gains
             lost = by_value[0] < 0 or by_score[0] < -by_score[1]
             ready = (due and not self.parting) or (self.stable and self.segments >= self.next_proposal)
-            if lower > retained and not lost and not self.proving and ready:
+            if ((lower > retained and not lost) or better) and not self.proving and ready:
                 self.prove(learner)
                 self.parting = due
         else:
@@ -951,6 +952,8 @@ class Evaluator(nn.Module):
         self.score, self.returns[0], self.returns[by] = self.score_of(by), self.returns[by], []
         self.margins, self.estimates[1] = [math.inf, math.inf], [math.inf, math.inf]
         self.returns[4], self.least_hold = [], 0.25
+        if by == 1:  # what it returned before is not of now; the copy's are the nearest
+            self.returns[3] = self.returns[0][-self.args.window // 2 :]
         for row in self.records:
             row[4] = math.nan
 

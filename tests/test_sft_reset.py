@@ -317,10 +317,12 @@ def test_end_segment_keeps_gain_errors_and_promises():
         ((11.0, 0.4), 1.0, False, False),
         ((11.0, 0.4, -0.9, 1.0), 1.0, True, True),
         ((11.0, 0.4, -1.1, 1.0), 1.0, True, False),  # whole episodes returned less
-        ((9.0, 0.4, 9.0, 1.0), 1.0, True, False),
+        ((9.0, 0.4, 0.9, 1.0), 1.0, True, False),
+        ((9.0, 0.4, 1.1, 1.0), 1.0, True, True),  # whole episodes returned more
+        ((9.0, 0.4, 1.1, 1.0), 1.0, False, False),
     ],
 )
-def test_proposed_only_with_a_lower_bound_above(monkeypatch, learner_value, gain, stable, proposed):
+def test_proposed_with_a_lower_bound_above_or_whole_episodes(monkeypatch, learner_value, gain, stable, proposed):
     agent, learner, evaluator, _ = make(bound_errors=2.0, **LIMITS)
     answers, score_gain = iter([(10.0, 0.1), learner_value[:2]]), learner_value[2:]  # of the retained pair first
     monkeypatch.setattr("sft_reset.combine", lambda _: next(answers))
@@ -387,9 +389,9 @@ def test_returns_of_the_learners_whole_episodes_are_kept_while_they_are_recent_a
     assert evaluator.alone == 3
     episode(9.0, step=50)
     assert evaluator.resets == 1 and evaluator.returns[3:] == [[], [9.0]], "they were of the learner before its reset"
-    evaluator.returns[3], evaluator.returns[1] = [7.0, 8.0], [31.0]
+    evaluator.returns[3], evaluator.returns[1] = [7.0, 8.0], [31.0, 32.0, 33.0]
     evaluator.replace(learner, by=1)
-    assert evaluator.returns[3:] == [[7.0, 8.0], []], "no one's were of the policy that is replaced, too"
+    assert evaluator.returns[3:] == [[32.0, 33.0], []], "its own may be of a learner older than the copy"
 
 
 @pytest.mark.parametrize(("episode_return", "proposed"), [(57.6, True), (57.5, False)])
@@ -532,7 +534,7 @@ def test_a_replacement_is_undone_where_ten_episodes_say_that_it_was_wrong(later,
     evaluator.pairs[1].actor.net[-1].bias.data += 1.0
     evaluator.proving = True
     prove(evaluator, learner, [49.0, 51.0], [60.0, 61.0, 62.0])
-    assert evaluator.returns == [[60.0, 61.0, 62.0], [], [49.0, 50.0, 51.0, 49.0, 51.0], [], []]
+    assert evaluator.returns == [[60.0, 61.0, 62.0], [], [49.0, 50.0, 51.0, 49.0, 51.0], [61.0, 62.0], []]
     whose = []
     while evaluator.returns[2] and len(whose) < 50:
         assert not torch.equal(evaluator.retained.actor.net[-1].bias, offline["net.4.bias"])
@@ -544,7 +546,7 @@ def test_a_replacement_is_undone_where_ten_episodes_say_that_it_was_wrong(later,
     same = all(torch.equal(value, offline[key]) for key, value in evaluator.retained.actor.state_dict().items())
     assert same == bool(restored) == torch.equal(learner.anchor_net[-1].bias, offline["net.4.bias"])
     kept = [49.0, 50.0, 51.0, 49.0, 51.0] if restored else [60.0, 61.0, 62.0] + [later] * n
-    assert evaluator.returns[:4] == [kept, [], [], []]
+    assert evaluator.returns[:4] == [kept, [], [], [61.0, 62.0]]
     assert evaluator.score == pytest.approx(np.mean(kept) - 10.0)
 
 
@@ -870,7 +872,8 @@ def test_there_is_no_prediction_without_recent_probes():
     judged(evaluator, learner, [row(**CONTROL)] * 8 + [row()] * 8)
     evaluator.returns[1] = [31.0, 32.0, 33.0]
     evaluator.replace(learner, by=1)
-    assert not math.isfinite(evaluator.predicted_score()), "estimates were of the learner as it is now, not of the copy"
+    assert not math.isfinite(evaluator.estimates[1][0]), "they were of the learner as it is now, not of the copy"
+    assert evaluator.predicted_score() == pytest.approx(22.5), "by the copy's latest episodes, 32.5 - 10"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -571,7 +571,16 @@ def draw_task(axes, rows: list[dict], color: dict[str, str]) -> None:
     lowest.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:g}M" if x >= 1e6 else f"{x / 1e3:g}k")
 
 
-def draw(rows: list[dict], path: Path, columns: int = 3) -> None:
+def colors(rows: list[dict]) -> dict[str, str]:
+    """The color of each script, in the order of the legend, the same in all figures."""
+    scripts = sorted({row["script"] for row in rows})
+    scripts.sort(key=lambda script: ORDER.index(script) if script in ORDER else len(ORDER))
+    others = [script for script in scripts if script not in COLORS]
+    known = COLORS | {script: MORE_COLORS[i % len(MORE_COLORS)] for i, script in enumerate(others)}
+    return {script: known[script] for script in scripts}
+
+
+def draw(rows: list[dict], path: Path, color: dict[str, str], columns: int = 3) -> None:
     """A panel a task: mean deployed score with its 95 % band, learner alone thin, offline score dashed."""
     import matplotlib
 
@@ -579,11 +588,7 @@ def draw(rows: list[dict], path: Path, columns: int = 3) -> None:
     import matplotlib.pyplot as plt
     from matplotlib.lines import Line2D
 
-    scripts = [script for (script,) in unique(rows, "script")]
-    scripts.sort(key=lambda script: ORDER.index(script) if script in ORDER else 99)
-    others = [script for script in scripts if script not in COLORS]
-    color = COLORS | {script: MORE_COLORS[i % len(MORE_COLORS)] for i, script in enumerate(others)}
-    color = {script: color[script] for script in scripts}
+    color = {script: value for script, value in color.items() if any(row["script"] == script for row in rows)}
     tasks = unique(rows, "task", "dataset_id")
     columns = min(columns, len(tasks))
     lines = -(-len(tasks) // columns)
@@ -597,7 +602,7 @@ def draw(rows: list[dict], path: Path, columns: int = 3) -> None:
         pair = grid[panel // columns, panel % columns].subgridspec(len(heights), 1, height_ratios=heights, hspace=0.08)
         axes = pair.subplots(sharex=True, squeeze=False)
         draw_task(axes[:, 0], [r for r in rows if (r["task"], r["dataset_id"]) == (task, dataset_id)], color)
-    handles = [Line2D([], [], color=color[script], lw=2, label=script) for script in scripts]
+    handles = [Line2D([], [], color=color[script], lw=2, label=script) for script in color]
     handles.append(Line2D([], [], color="black", ls="--", lw=1, label="offline score"))
     if "online/learner_score" in logged:
         handles.append(Line2D([], [], color="grey", lw=0.7, label="learner alone"))
@@ -643,11 +648,12 @@ def main(args: Args) -> None:
         update_readme(args.readme, readme_block(rows, reported, name), name)
     drawn = [row for row in kept(found) if "online/normalized_score" in row["scalars"]]
     if drawn:
-        draw(drawn, out / "curves.png")
+        draw(drawn, out / "curves.png", colors(drawn))
     for task, dataset_id in unique(drawn, "task", "dataset_id"):
         name = task.replace("/", "_") + ("" if sum(t == task for t, _ in unique(drawn, "task", "dataset_id")) == 1 else
                                          "_" + dataset_id.replace("/", "_"))  # fmt: skip
-        draw([r for r in drawn if (r["task"], r["dataset_id"]) == (task, dataset_id)], out / f"curves_{name}.png")
+        shown = [r for r in drawn if (r["task"], r["dataset_id"]) == (task, dataset_id)]
+        draw(shown, out / f"curves_{name}.png", colors(drawn))
     print(headline_table(rows) + "\n" + main_table(rows, reported))
     n = sum(bool(row["apart"]) for row in rows)
     print(f"{len(kept(rows))} runs in the tables, {n} apart; see {out / 'table.md'}")

@@ -424,3 +424,15 @@ def test_curves(tmp_path):
     run_report(tmp_path / "out", out=tmp_path / "from_report")
     for name in pictures:
         assert (tmp_path / "from_report" / name).read_bytes() == (tmp_path / "out" / name).read_bytes(), name
+
+
+def test_a_script_has_one_color_in_all_figures(tmp_path, monkeypatch):
+    variants = {"hopper-medium": ("sft_reset_online", "sft_reset"), "walker2d-medium": ("sft_reset_noreset", "cal_ql")}
+    for task, scripts in variants.items():
+        for script in scripts:
+            make_run(tmp_path / "runs", task=task, script=script)
+    given = []
+    monkeypatch.setattr(report, "draw", lambda rows, path, color: given.append(color))
+    report.main(report.Args((tmp_path / "runs",), out=tmp_path / "out"))
+    assert len(given) == 3 and given[0] == given[1] == given[2] and len(set(given[0].values())) == 4
+    assert list(given[0]) == ["sft_reset", "cal_ql", "sft_reset_noreset", "sft_reset_online"], "the order of the legend"

@@ -465,6 +465,33 @@ class Critic(nn.Module):
         return torch.stack([net(x).squeeze(-1) for net in self.nets])
 
 
+class CudaGraph:
+    """`fn` as one captured graph: called as it is three times (warm-up), then captured, then replayed. A graph freezes
+    Python numbers and addresses: after a change of batch size, loss weight or optimiser storage, make a new one. The
+    tensors that it is called with are copied to where it reads them; what it returns the next replay overwrites."""
+
+    def __init__(self, fn):
+        self.fn, self.calls, self.inputs = fn, 0, None
+        self.graph, self.stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+
+    def __call__(self, *inputs: Tensor):
+        self.calls += 1
+        self.inputs = self.inputs or [x.cuda() for x in inputs]
+        for own, x in zip(self.inputs, inputs, strict=True):
+            own.copy_(x)
+        if self.calls <= 3:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                self.result = self.fn(*self.inputs)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return self.result
+        if self.calls == 4:
+            with torch.cuda.graph(self.graph, stream=self.stream):
+                self.result = self.fn(*self.inputs)
+        self.graph.replay()
+        return self.result
+
+
 class Agent(nn.Module):
     """IQL: values that never ask for an action outside the data, and the policy extracted from them."""
 
@@ -479,6 +506,7 @@ class Agent(nn.Module):
         self.trained = list(self.parameters())
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.sources, self.targets = list(self.critic.parameters()), list(self.target_critic.parameters())
+        self.graphs = {}  # of `policy`, by its noise
         self.optimizer = torch.optim.Adam(self.trained, args.learning_rate, fused=True, capturable=args.cuda)
 
     def loss(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -512,12 +540,21 @@ class Agent(nn.Module):
             torch._foreach_lerp_(self.targets, self.sources, self.args.tau)
         return {name: loss.detach() for name, loss in losses.items()}
 
+    def policy(self, obs: Tensor, noise: float = 0.0) -> Tensor:
+        """Actions in [-1, 1]: the mean, plus `noise` times the policy's own noise."""
+        mean, log_std = self.actor.eval()(obs)
+        action = mean + noise * torch.exp(log_std) * torch.randn_like(mean) if noise else mean
+        return action.clamp(-1, 1)
+
     @torch.no_grad()
     def act(self, obs: np.ndarray, t: int = 0, noise: float = 0.0) -> np.ndarray:
-        """Action in [-1, 1] at step t of an episode: the mean, plus `noise` times the policy's own noise."""
-        mean, log_std = self.actor.eval()(torch.from_numpy(obs).to(self.trained[0].device))
-        action = mean + noise * torch.exp(log_std) * torch.randn_like(mean) if noise else mean
-        return action.clamp(-1, 1).cpu().numpy()
+        """`policy` in one state, at step t of an episode."""
+        x, device = torch.from_numpy(obs), self.targets[0].device
+        if not self.args.cuda_graph:
+            return self.policy(x.to(device), noise).cpu().numpy()
+        if noise not in self.graphs:
+            self.graphs[noise] = CudaGraph(partial(self.policy, noise=noise))
+        return self.graphs[noise](x).cpu().numpy()
 
     def get_extra_state(self) -> dict:  # part of state_dict
         return self.optimizer.state_dict()
@@ -547,6 +584,7 @@ class Explorer(Agent):
         self.register_buffer("anchor", torch.zeros(()))  # a tensor: read inside CUDA graphs
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.sources, self.targets = list(self.critic.parameters()), list(self.target_critic.parameters())
+        self.graphs = {}  # of `policy`, by its noise
         self.optimizer = torch.optim.Adam(self.trained, args.learning_rate, fused=True, capturable=args.cuda)
 
     def warm_start(self, agent: Agent) -> None:
@@ -584,11 +622,9 @@ class Explorer(Agent):
         actor_loss = (args.temperature * log_prob - q + self.anchor * q.detach().abs().mean() * distance).mean()
         return {"critic_loss": critic_loss, "actor_loss": actor_loss}
 
-    @torch.no_grad()
-    def act(self, obs: np.ndarray, t: int = 0, noise: float = 0.0) -> np.ndarray:
-        """Action in [-1, 1]: the tanh of the mean, or a sample where there is `noise`."""
-        obs = torch.from_numpy(obs).to(self.trained[0].device)
-        return (self.sample(obs)[0] if noise else torch.tanh(self.actor.net(obs))).cpu().numpy()
+    def policy(self, obs: Tensor, noise: float = 0.0) -> Tensor:
+        """Actions in [-1, 1]: the tanh of the mean, or samples where there is `noise`."""
+        return self.sample(obs)[0] if noise else torch.tanh(self.actor.net(obs))
 
 
 def bounds(sample: list[float], reference: list[float], confidence: float) -> tuple[float, float, float]:
@@ -768,29 +804,6 @@ def run_updates(agent: nn.Module, buffer: ReplayBuffer, n: int, online_share: fl
     for _ in range(n):
         losses = agent.update(buffer.sample(agent.args.batch_size, online_share))
     return losses
-
-
-class CudaGraph:
-    """`fn` as one captured graph: called as it is three times (warm-up), then captured, then replayed. A graph freezes
-    Python numbers and addresses: after a change of batch size, loss weight or optimiser storage, make a new one. What
-    it returns is overwritten by the next replay."""
-
-    def __init__(self, fn):
-        self.fn, self.calls, self.graph, self.stream = fn, 0, torch.cuda.CUDAGraph(), torch.cuda.Stream()
-
-    def __call__(self):
-        self.calls += 1
-        if self.calls <= 3:
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                self.result = self.fn()
-            torch.cuda.current_stream().wait_stream(self.stream)
-            return self.result
-        if self.calls == 4:
-            with torch.cuda.graph(self.graph, stream=self.stream):
-                self.result = self.fn()
-        self.graph.replay()
-        return self.result
 
 
 def evaluate(act, env: gym.Env, task: Task, args: Args) -> dict[str, float]:
@@ -976,6 +989,7 @@ def train(args: Args) -> dict:
     task = load_task(args)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic CUDA kernels need
     torch.use_deterministic_algorithms(args.torch_deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a kernel more for each tensor, which nothing needs
     threads = os.environ.get("OMP_NUM_THREADS", "1")  # one core a run, so that seeds run side by side
     torch.set_num_threads(max(int(threads), 1) if threads.isdecimal() else 1)
     torch.set_flush_denormal(True)  # what is left of Adam's moments of idle weights would be slow

@@ -481,6 +481,33 @@ class Critic(nn.Module):
         return torch.stack([net(x).squeeze(-1) for net in self.nets])
 
 
+class CudaGraph:
+    """`fn` as one captured graph: called as it is three times (warm-up), then captured, then replayed. A graph freezes
+    Python numbers and addresses: after a change of batch size, loss weight or optimiser storage, make a new one. The
+    tensors that it is called with are copied to where it reads them; what it returns the next replay overwrites."""
+
+    def __init__(self, fn):
+        self.fn, self.calls, self.inputs = fn, 0, None
+        self.graph, self.stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+
+    def __call__(self, *inputs: Tensor):
+        self.calls += 1
+        self.inputs = self.inputs or [x.cuda() for x in inputs]
+        for own, x in zip(self.inputs, inputs, strict=True):
+            own.copy_(x)
+        if self.calls <= 3:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                self.result = self.fn(*self.inputs)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return self.result
+        if self.calls == 4:
+            with torch.cuda.graph(self.graph, stream=self.stream):
+                self.result = self.fn(*self.inputs)
+        self.graph.replay()
+        return self.result
+
+
 class Agent(nn.Module):
     """IQL: values that never ask for an action outside the data, and the policy extracted from them."""
 
@@ -495,6 +522,7 @@ class Agent(nn.Module):
         self.trained = list(self.parameters())
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.sources, self.targets = list(self.critic.parameters()), list(self.target_critic.parameters())
+        self.graphs = {}  # of `policy`, by its noise
         self.optimizer = torch.optim.Adam(self.trained, args.learning_rate, fused=True, capturable=args.cuda)
 
     def loss(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -528,12 +556,21 @@ class Agent(nn.Module):
             torch._foreach_lerp_(self.targets, self.sources, self.args.tau)
         return {name: loss.detach() for name, loss in losses.items()}
 
+    def policy(self, obs: Tensor, noise: float = 0.0) -> Tensor:
+        """Actions in [-1, 1]: the mean, plus `noise` times the policy's own noise."""
+        mean, log_std = self.actor.eval()(obs)
+        action = mean + noise * torch.exp(log_std) * torch.randn_like(mean) if noise else mean
+        return action.clamp(-1, 1)
+
     @torch.no_grad()
     def act(self, obs: np.ndarray, t: int = 0, noise: float = 0.0) -> np.ndarray:
-        """Action in [-1, 1] at step t of an episode: the mean, plus `noise` times the policy's own noise."""
-        mean, log_std = self.actor.eval()(torch.from_numpy(obs).to(self.trained[0].device))
-        action = mean + noise * torch.exp(log_std) * torch.randn_like(mean) if noise else mean
-        return action.clamp(-1, 1).cpu().numpy()
+        """`policy` in one state, at step t of an episode."""
+        x, device = torch.from_numpy(obs), self.targets[0].device
+        if not self.args.cuda_graph:
+            return self.policy(x.to(device), noise).cpu().numpy()
+        if noise not in self.graphs:
+            self.graphs[noise] = CudaGraph(partial(self.policy, noise=noise))
+        return self.graphs[noise](x).cpu().numpy()
 
     def get_extra_state(self) -> dict:  # part of state_dict
         return self.optimizer.state_dict()
@@ -563,6 +600,7 @@ class Explorer(Agent):
         self.register_buffer("anchor", torch.zeros(()))  # a tensor: read inside CUDA graphs
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.sources, self.targets = list(self.critic.parameters()), list(self.target_critic.parameters())
+        self.graphs = {}  # of `policy`, by its noise
         self.optimizer = torch.optim.Adam(self.trained, args.learning_rate, fused=True, capturable=args.cuda)
 
     def warm_start(self, agent: Agent) -> None:
@@ -600,11 +638,9 @@ class Explorer(Agent):
         actor_loss = (args.temperature * log_prob - q + self.anchor * q.detach().abs().mean() * distance).mean()
         return {"critic_loss": critic_loss, "actor_loss": actor_loss}
 
-    @torch.no_grad()
-    def act(self, obs: np.ndarray, t: int = 0, noise: float = 0.0) -> np.ndarray:
-        """Action in [-1, 1]: the tanh of the mean, or a sample where there is `noise`."""
-        obs = torch.from_numpy(obs).to(self.trained[0].device)
-        return (self.sample(obs)[0] if noise else torch.tanh(self.actor.net(obs))).cpu().numpy()
+    def policy(self, obs: Tensor, noise: float = 0.0) -> Tensor:
+        """Actions in [-1, 1]: the tanh of the mean, or samples where there is `noise`."""
+        return self.sample(obs)[0] if noise else torch.tanh(self.actor.net(obs))
 
 
 def ratio(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -668,7 +704,9 @@ class Evaluator(nn.Module):
         self.pairs = nn.ModuleList(copy.deepcopy(learner).requires_grad_(False) for _ in range(3))
         self.fitted = nn.ModuleList(copy.deepcopy(learner.critic) for _ in range(2))
         self.fitted_targets = copy.deepcopy(self.fitted).requires_grad_(False)
-        self.optimizer = torch.optim.Adam(self.fitted.parameters(), args.learning_rate)
+        trained = self.fitted.parameters()
+        self.optimizer = torch.optim.Adam(trained, args.learning_rate, fused=True, capturable=args.cuda)
+        self.graphs = {}  # of `promises`, by the noise
         obs_dim = learner.actor.net[0].in_features
         self.register_buffer("starts", torch.zeros(64, obs_dim))  # observations that begin episodes
         # From here on what is a number, a string or a list is saved with the networks.
@@ -707,14 +745,23 @@ class Evaluator(nn.Module):
         """Whose Q selects."""
         return {"offline": 0, "online": 1}.get(self.args.evaluator, int(self.stable))
 
+    def promises(self, learner: Explorer, obs: Tensor, noise: float) -> Tensor:
+        """Both actions in one state, flat. Then the gain of the learner's over the retained one that the more doubtful
+        critic of either Q promises, and what either Q expects of its own policy's action: four numbers."""
+        actions = torch.stack([self.retained.policy(obs), learner.policy(obs, noise)])
+        states, pairs = torch.stack([obs, obs]), (self.retained, learner)
+        q = torch.stack([pair.target_critic(states, actions) for pair in pairs])  # pair, critic, action
+        return torch.cat([actions.flatten(), (q[..., 1] - q[..., 0]).amin(1), q.mean(1).diagonal()])
+
     @torch.no_grad()
     def propose(self, learner: Explorer, obs: np.ndarray, noise: float = 0.0) -> tuple[np.ndarray, list[float]]:
-        """Both actions (2, action_dim). The gain of the learner's over the retained one that the more doubtful critic
-        of either Q promises, then what either Q expects of its own policy's action: four numbers."""
-        actions = np.stack([self.retained.act(obs), learner.act(obs, noise=noise)])
-        x, a = (torch.from_numpy(v).to(self.starts.device) for v in (np.stack([obs, obs]), actions))
-        q = torch.stack([pair.target_critic(x, a) for pair in (self.retained, learner)])  # pair, critic, action
-        return actions, torch.cat([(q[..., 1] - q[..., 0]).amin(1), q.mean(1).diagonal()]).tolist()
+        """Both actions (2, action_dim), and the four numbers of `promises`."""
+        x = torch.from_numpy(obs)
+        if self.args.cuda_graph and noise not in self.graphs:
+            self.graphs[noise] = CudaGraph(partial(self.promises, learner, noise=noise))
+        promises = self.graphs.get(noise)
+        numbers = (promises(x) if promises else self.promises(learner, x.to(self.starts.device), noise)).cpu().numpy()
+        return numbers[:-4].reshape(2, -1), numbers[-4:].tolist()
 
     def turn(self, gains: list[float], kind: str = "select") -> int:
         """Who acts, from what the Qs promise [D4]; a softmax of two is greedy with logistic noise."""
@@ -996,29 +1043,6 @@ def run_updates(agent: nn.Module, buffer: ReplayBuffer, n: int, online_share: fl
     return losses
 
 
-class CudaGraph:
-    """`fn` as one captured graph: called as it is three times (warm-up), then captured, then replayed. A graph freezes
-    Python numbers and addresses: after a change of batch size, loss weight or optimiser storage, make a new one. What
-    it returns is overwritten by the next replay."""
-
-    def __init__(self, fn):
-        self.fn, self.calls, self.graph, self.stream = fn, 0, torch.cuda.CUDAGraph(), torch.cuda.Stream()
-
-    def __call__(self):
-        self.calls += 1
-        if self.calls <= 3:
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                self.result = self.fn()
-            torch.cuda.current_stream().wait_stream(self.stream)
-            return self.result
-        if self.calls == 4:
-            with torch.cuda.graph(self.graph, stream=self.stream):
-                self.result = self.fn()
-        self.graph.replay()
-        return self.result
-
-
 def evaluate(act, env: gym.Env, task: Task, args: Args) -> dict[str, float]:
     """Mean return (goal tasks: success rate) and score of `act(obs, t)`, over the same seeded episodes each time."""
     returns = []
@@ -1202,6 +1226,7 @@ def train(args: Args) -> dict:
     task = load_task(args)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic CUDA kernels need
     torch.use_deterministic_algorithms(args.torch_deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a kernel more for each tensor, which nothing needs
     threads = os.environ.get("OMP_NUM_THREADS", "1")  # one core a run, so that seeds run side by side
     torch.set_num_threads(max(int(threads), 1) if threads.isdecimal() else 1)
     torch.set_flush_denormal(True)  # what is left of Adam's moments of idle weights would be slow
@@ -1261,6 +1286,8 @@ def train(args: Args) -> dict:
         evaluator.begin(agent, [env.reset(seed=2_000_000 + i)[0] for i in range(64)], task, result["normalized_score"])
         learner.warm_start(agent)
         learner.anchor.fill_(evaluator.most_hold)
+    fit = partial(evaluator.fit, learner, buffer, max(args.segment_steps // 5, 1))
+    fit = CudaGraph(fit) if args.cuda_graph else fit
     over, began, first = True, time.time(), progress["online_step"] + 1
     bar = tqdm(range(first, args.online_steps + 1), "online")
     for step in bar:
@@ -1282,7 +1309,7 @@ def train(args: Args) -> dict:
         progress["online_step"] = step
         if evaluator.segment and (over or len(evaluator.segment) == args.segment_steps):
             evaluator.end_segment(learner)
-            evaluator.fit(learner, buffer, max(args.segment_steps // 5, 1))
+            fit()
             log = evaluator.judge(learner, buffer, step, over)
             run.log("online", step, {f"evaluator/{name}": value for name, value in log.items()})
         if step % args.eval_every == 0 or step == args.online_steps:

@@ -468,6 +468,29 @@ def test_degradation_of_a_run_that_only_gains():
 # ---- CUDA graphs ----
 
 
+def test_a_graph_of_its_own_for_each_noise(monkeypatch):
+    """What stands for a graph here runs on the CPU as it is."""
+    made = []
+    monkeypatch.setattr(iql, "CudaGraph", lambda fn: made.append(fn) or fn)
+    agent, twin = iql.Agent(OBS, ACT, make_args(cuda_graph=True)), iql.Agent(OBS, ACT, make_args())
+    twin.load_state_dict(agent.state_dict())
+    for obs in np.random.default_rng(0).normal(size=(3, OBS)).astype(np.float32):
+        for noise in (0.0, 1.0):
+            torch.manual_seed(0)
+            action = agent.act(obs, noise=noise)
+            torch.manual_seed(0)
+            np.testing.assert_array_equal(action, twin.act(obs, noise=noise))
+    assert len(made) == 2 and set(agent.graphs) == {0.0, 1.0} and not twin.graphs
+
+
+@needs_cuda
+def test_a_graph_reads_what_it_is_called_with():
+    graph = iql.CudaGraph(lambda x, y: 2 * x + y)
+    for i in range(8):
+        x, y = torch.tensor([float(i), 1.0]), torch.tensor([0.5, -float(i)])
+        torch.testing.assert_close(graph(x, y).cpu(), 2 * x + y)
+
+
 @needs_cuda
 def test_graph_equals_eager():
     args = make_args(hidden=32, cuda=True)

@@ -876,6 +876,21 @@ def test_there_is_no_prediction_without_recent_probes():
     assert evaluator.predicted_score() == pytest.approx(22.5), "by the copy's latest episodes, 32.5 - 10"
 
 
+def test_with_graphs_the_same_is_proposed(monkeypatch):
+    """What stands for a graph here runs on the CPU as it is."""
+    monkeypatch.setattr(sft_reset, "CudaGraph", lambda fn: fn)
+    learner, evaluator = make()[1:3]
+    obs, found = np.ones(OBS, np.float32), {}
+    for graph in (False, True):
+        evaluator.args.cuda_graph = graph
+        for noise in (0.0, 1.0, 0.0, 1.0):
+            torch.manual_seed(0)
+            actions, gains = evaluator.propose(learner, obs, noise)
+            found.setdefault(noise, []).append([*actions.flatten().tolist(), *gains])
+    assert set(evaluator.graphs) == {0.0, 1.0}
+    assert all(one == numbers[0] for numbers in found.values() for one in numbers) and found[0.0] != found[1.0]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_captured_graph_goes_on_after_a_reset():
     with torch.device("cuda"):

@@ -484,6 +484,17 @@ def test_a_graph_of_its_own_for_each_noise(monkeypatch):
 
 
 @needs_cuda
+def test_a_captured_action_is_the_action():
+    args = make_args(cuda=True, cuda_graph=True)
+    with torch.device("cuda"):
+        agent, twin = iql.Agent(OBS, ACT, args), iql.Agent(OBS, ACT, make_args(cuda=True))
+    twin.load_state_dict(agent.state_dict())
+    for obs in np.random.default_rng(0).normal(size=(8, OBS)).astype(np.float32):
+        np.testing.assert_allclose(agent.act(obs), twin.act(obs), atol=1e-6)
+        assert (agent.act(obs, noise=1.0) != agent.act(obs, noise=1.0)).all(), "fresh noise in every replay"
+
+
+@needs_cuda
 def test_a_graph_reads_what_it_is_called_with():
     graph = iql.CudaGraph(lambda x, y: 2 * x + y)
     for i in range(8):

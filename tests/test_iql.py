@@ -491,7 +491,8 @@ def test_a_captured_action_is_the_action():
     twin.load_state_dict(agent.state_dict())
     for obs in np.random.default_rng(0).normal(size=(8, OBS)).astype(np.float32):
         np.testing.assert_allclose(agent.act(obs), twin.act(obs), atol=1e-6)
-        assert (agent.act(obs, noise=1.0) != agent.act(obs, noise=1.0)).all(), "fresh noise in every replay"
+        draws = {tuple(agent.act(obs, noise=1.0)) for _ in range(8)}
+        assert len(draws) > 2, "fresh noise in every replay; two of them may be clipped to the same action"
 
 
 @needs_cuda

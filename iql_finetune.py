@@ -631,7 +631,7 @@ class Run:
             restore = (random.setstate, np.random.set_state, torch.set_rng_state, torch.cuda.set_rng_state_all)
             for set_state, state in zip(restore, saved["rng"], strict=True):
                 set_state(state)
-        git = ["git", "-C", Path(__file__).parent, "rev-parse", "--verify", "-q", "HEAD"]
+        git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         found = subprocess.run(git, capture_output=True, text=True).stdout if shutil.which("git") else ""
         self.commit = found.strip() or None
         try:

@@ -322,7 +322,7 @@ def protocol(rows: list[dict]) -> str:
     """What all runs of the tables share."""
     rows, words = kept(rows), []
     for key in (*PROTOCOL, "versions", "device", "commit"):
-        values = {row[key][:7] if key == "commit" else row[key] for row in rows}
+        values = {row[key][:7] + row[key][40:] if key == "commit" else row[key] for row in rows}  # or -dirty
         listed = ", ".join(sorted(f"{int(value):,}" if key in PROTOCOL else value for value in values))
         many = f"{len(values)} different, see per_seed.csv"
         words.append(f"{key.replace('_', ' ')} {listed if len(values) < 4 else many}")

@@ -95,7 +95,7 @@ def test_summary(toy_args):
     assert (summary["env_id"], summary["dataset_id"], summary["seed"]) == (TOY_ID, TOY_ID, 1)
     assert (summary["offline_steps"], summary["online_steps"]) == (40, 120)
     assert summary["versions"]["torch"] == torch.__version__
-    assert summary["commit"] is None or re.fullmatch(r"[0-9a-f]{40}", summary["commit"])
+    assert summary["commit"] is None or re.fullmatch(r"[0-9a-f]{40}(-dirty)?", summary["commit"])
     assert summary["updates_per_second"] == pytest.approx(160 / summary["seconds"])
     assert "iql" in summary["algorithm"]
 

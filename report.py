@@ -527,10 +527,19 @@ def held(rows: list[dict], tag: str, grid: np.ndarray) -> np.ndarray:
     return np.mean(values, axis=0) if values else np.full(len(grid), np.nan)
 
 
+def reset_steps(rows: list[dict]) -> list[float]:
+    """When any of the runs' learners were reset."""
+    curves = [row["scalars"][RESETS] for row in rows if RESETS in row["scalars"]]
+    return [step for curve in curves for step in curve[np.diff(curve[:, 1], prepend=0) > 0, 0]]
+
+
 def draw_task(axes, rows: list[dict], color: dict[str, str]) -> None:
     """One task: scores in the first of `axes`; in the second, if there is one, the share of an episode that the
-    explorer gets where deployed, and the resets."""
+    explorer gets where deployed, if there is a gate, and the resets, otherwise in a line for each script."""
     top, lowest = axes[0], axes[-1]
+    gated = any("gate/deployed" in row["scalars"] for row in rows)
+    resets = {script: reset_steps([row for row in rows if row["script"] == script]) for script in color}
+    marked = [script for script in color if resets[script]]
     length = max(row["scalars"]["online/normalized_score"][-1, 0] for row in rows)
     grid = np.linspace(0, length, 200)
     for script in color:
@@ -550,9 +559,8 @@ def draw_task(axes, rows: list[dict], color: dict[str, str]) -> None:
             top.plot(learner_steps, learner.mean(0), color=color[script], lw=0.7, alpha=0.9)
         for bottom in axes[1:]:
             bottom.plot(grid, held(mine, "gate/deployed", grid), color=color[script], lw=1.5)
-            resets = [row["scalars"][RESETS] for row in mine if RESETS in row["scalars"]]
-            at = [step for curve in resets for step in curve[np.diff(curve[:, 1], prepend=0) > 0, 0]]
-            bottom.plot(at, np.full(len(at), -0.22), "|", color=color[script], ms=7, mew=1.2, clip_on=False)
+            height = np.full(len(resets[script]), -0.22 if gated or script not in marked else -marked.index(script))
+            bottom.plot(resets[script], height, "|", color=color[script], ms=7, mew=1.2, clip_on=False)
     starts = {}  # color -> offline scores
     for row in rows:
         own = row["script"].startswith("cal_ql")  # has an offline phase of its own, the others share theirs
@@ -565,8 +573,8 @@ def draw_task(axes, rows: list[dict], color: dict[str, str]) -> None:
     top.grid(alpha=0.25)
     top.set_ylabel("normalised score", fontsize=9)
     for bottom in axes[1:]:
-        bottom.set(ylim=(-0.4, 1.08), yticks=[0, 1])
-        bottom.set_ylabel("gate", fontsize=9)
+        bottom.set(ylim=(-0.4, 1.08) if gated else (0.4 - max(len(marked), 1), 0.6), yticks=[0, 1] if gated else [])
+        bottom.set_ylabel("gate" if gated else "resets", fontsize=9)
     lowest.set(xlim=(0, length), xlabel="online steps")
     lowest.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:g}M" if x >= 1e6 else f"{x / 1e3:g}k")
 

@@ -180,6 +180,12 @@ def merged(fresh: list[dict], earlier: list[dict]) -> list[dict]:
     return rows
 
 
+def physics(versions: str) -> dict[str, str]:
+    """What the environments are made of, of all the versions; PyTorch's and numpy's are marked where they differ."""
+    words = versions.split()
+    return {name: words[words.index(name) + 1] for name in ("gymnasium", "mujoco", "minari") if name in words}
+
+
 def set_apart(rows: list[dict]) -> None:
     """Fill `apart` of every run that must not be averaged with the majority of its kind, with the reason."""
 
@@ -203,7 +209,7 @@ def set_apart(rows: list[dict]) -> None:
         [row for row in fine if row["script"] == "offline"],
     ):
         if part:
-            check(part, lambda row: {key: row[key] for key in (*PROTOCOL, "versions")})
+            check(part, lambda row: {key: row[key] for key in PROTOCOL} | physics(row["versions"]))
     # A default of None is the domain's to fill: such a value may differ between tasks, but not within one.
     for same in groups("script"):
         check(same, lambda row: {k: v for k, v in row["settings"].items() if k not in row["domain"]})
@@ -315,7 +321,7 @@ def gained(values: np.ndarray) -> str:
 
 
 def marks(rows) -> str:
-    return "†" * (len({row["code"] for row in rows}) > 1)
+    return "†" * (len({(row["code"], row["versions"], row["device"]) for row in rows}) > 1)
 
 
 def protocol(rows: list[dict]) -> str:
@@ -474,7 +480,8 @@ Reported: after 1M offline steps, on the original datasets. Two scripts are comp
 have; P: the chance that a run of the first does better than one of the second on the same task, a tie counting half.
 Steps to gain: mean over the runs that gained 10 points, and how many did; in the ratio of two scripts, which is over
 the tasks where one of them gains, a run that never does counts with its whole online phase. †: with more than one
-version of the script (column `code` of per_seed.csv). ‡: from memory, not confirmed.
+version of the script (column `code` of per_seed.csv) or of PyTorch or numpy, or on both CPU and GPU. ‡: from memory,
+not confirmed.
 """
 
 

@@ -447,6 +447,16 @@ class CudaGraph:
         return self.result
 
 
+def in_state(fn, obs: np.ndarray, noise: float, device: torch.device, graphs: dict | None) -> np.ndarray:
+    """`fn(obs, noise)` in one state; where there are `graphs`, by a captured one for each noise, which they keep."""
+    x = torch.from_numpy(obs)
+    if graphs is None:
+        return fn(x.to(device), noise).cpu().numpy()
+    if noise not in graphs:
+        graphs[noise] = CudaGraph(partial(fn, noise=noise))
+    return graphs[noise](x).cpu().numpy()
+
+
 class Agent(nn.Module):
     """IQL: values that never ask for an action outside the data, and the policy extracted from them."""
 
@@ -504,12 +514,7 @@ class Agent(nn.Module):
     @torch.no_grad()
     def act(self, obs: np.ndarray, t: int = 0, noise: float = 0.0) -> np.ndarray:
         """`policy` in one state, at step t of an episode."""
-        x, device = torch.from_numpy(obs), self.targets[0].device
-        if not self.args.cuda_graph:
-            return self.policy(x.to(device), noise).cpu().numpy()
-        if noise not in self.graphs:
-            self.graphs[noise] = CudaGraph(partial(self.policy, noise=noise))
-        return self.graphs[noise](x).cpu().numpy()
+        return in_state(self.policy, obs, noise, self.targets[0].device, self.graphs if self.args.cuda_graph else None)
 
     def get_extra_state(self) -> dict:  # part of state_dict
         return self.optimizer.state_dict()

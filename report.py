@@ -546,7 +546,7 @@ def draw_task(axes, rows: list[dict], color: dict[str, str]) -> None:
     top, lowest = axes[0], axes[-1]
     gated = any("gate/deployed" in row["scalars"] for row in rows)
     resets = {script: reset_steps([row for row in rows if row["script"] == script]) for script in color}
-    marked = [script for script in color if resets[script]]
+    resets = {script: steps for script, steps in resets.items() if steps}
     length = max(row["scalars"]["online/normalized_score"][-1, 0] for row in rows)
     grid = np.linspace(0, length, 200)
     for script in color:
@@ -566,8 +566,6 @@ def draw_task(axes, rows: list[dict], color: dict[str, str]) -> None:
             top.plot(learner_steps, learner.mean(0), color=color[script], lw=0.7, alpha=0.9)
         for bottom in axes[1:]:
             bottom.plot(grid, held(mine, "gate/deployed", grid), color=color[script], lw=1.5)
-            height = np.full(len(resets[script]), -0.22 if gated or script not in marked else -marked.index(script))
-            bottom.plot(resets[script], height, "|", color=color[script], ms=7, mew=1.2, clip_on=False)
     starts = {}  # color -> offline scores
     for row in rows:
         own = row["script"].startswith("cal_ql")  # has an offline phase of its own, the others share theirs
@@ -580,7 +578,10 @@ def draw_task(axes, rows: list[dict], color: dict[str, str]) -> None:
     top.grid(alpha=0.25)
     top.set_ylabel("normalised score", fontsize=9)
     for bottom in axes[1:]:
-        bottom.set(ylim=(-0.4, 1.08) if gated else (0.4 - max(len(marked), 1), 0.6), yticks=[0, 1] if gated else [])
+        for line, (script, steps) in enumerate(resets.items()):
+            height = np.full(len(steps), -0.22 if gated else -line)
+            bottom.plot(steps, height, "|", color=color[script], ms=7, mew=1.2, clip_on=False)
+        bottom.set(ylim=(-0.4, 1.08) if gated else (0.4 - max(len(resets), 1), 0.6), yticks=[0, 1] if gated else [])
         bottom.set_ylabel("gate" if gated else "resets", fontsize=9)
     lowest.set(xlim=(0, length), xlabel="online steps")
     lowest.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:g}M" if x >= 1e6 else f"{x / 1e3:g}k")

@@ -96,6 +96,7 @@ def sandbox(tmp_path, monkeypatch, toy_folder):
     for number, handler in handlers.items():
         signal.signal(number, handler)
     torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = True
     torch.set_float32_matmul_precision("highest")
 
 

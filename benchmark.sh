@@ -35,10 +35,9 @@ preset() {
       TASKS="hopper-medium walker2d-medium halfcheetah-medium walker2d-expert pointmaze-medium" SEEDS="1 2 3"
       SCRIPTS="cal_ql jsrl_gated sft_reset iql_finetune jsrl_gated:open" OFFLINE_STEPS=50000 ONLINE_STEPS=25000 ;;
     readme)
-      TASKS="hopper-medium walker2d-medium halfcheetah-medium walker2d-expert" SEEDS="1 2 3"
-      SCRIPTS="jsrl_gated sft_reset iql_finetune jsrl_gated:open jsrl_gated:curriculum sft_reset:online sft_reset:noreset"
-      OFFLINE_STEPS=200000 ONLINE_STEPS=50000
-      EXTRA=(--dataset stand-in --compile --matmul-precision medium --eval-every 2500) ;;
+      TASKS="hopper-medium walker2d-medium halfcheetah-medium hopper-expert pointmaze-medium" SEEDS="1 2 3"
+      SCRIPTS="cal_ql jsrl_gated sft_reset iql_finetune jsrl_gated:open sft_reset:online sft_reset:noreset"
+      OFFLINE_STEPS=50000 ONLINE_STEPS=50000 EXTRA=(--dataset stand-in) ;;
     full)
       TASKS=$(echo {hopper,walker2d,halfcheetah}-medium{,-replay,-expert} antmaze-umaze{,-diverse} \
         antmaze-{medium,large}-{play,diverse} {pen,door,hammer,relocate}-{human,cloned} kitchen-{complete,partial,mixed})

@@ -47,7 +47,7 @@ Our choices, and what each rests on in results/README.md:
 [D8] A learner that may rarely act gets few data to correct what it overrates. So its policy loss holds it to the
      retained policy, as TD3+BC (Fujimoto, Gu 2021) does to the data: ever less while it is stable, more while it is
      not. Unless its whole episodes gain [D4], never less than a quarter, nor than twice what it was held by when
-     episodes began to return less, until the retained policy is another.
+     episodes began to return less; that sinks again while they return no less.
 [D9] A reset is due `--reset-every` steps after the last, or after a replacement: a learner that has just proved better
      is not in a local optimum. Where it is due, a learner whose bound and gain promise it is proposed a last time,
      stable or not, and the reset waits until an open proposal is decided. Then all weights are drawn a fifth of the way
@@ -722,6 +722,7 @@ class Evaluator(nn.Module):
         self.proving, self.parting, self.next_proposal = False, False, args.window
         self.alone = -1  # whose the whole episode is, an index of `returns`; -1: no one's
         self.hold, self.least_hold = 1.0, 0.25  # shares of the most that the learner is held by [D8]
+        self.promise = math.inf  # value that the proposed learner promised to gain; inf: proposed for its episodes
         # Of whole episodes of each of `pairs` alone, of the learner's latest ones and of the latest that were no one's.
         self.returns = [[], [], [], [], []]
         self.records, self.segment, self.values, self.history = [], [], [], []
@@ -844,6 +845,8 @@ class Evaluator(nn.Module):
         fell = loss < -2 * error
         if self.stable and fell:
             self.least_hold = min(2 * max(self.hold, 0.25), 1.0)
+        elif self.stable and loss > -error:
+            self.least_hold = max(0.97 * self.least_hold, 0.25)
         self.stable = passed and not fell
         self.stable_segments += self.stable
         self.recovering = self.recovering and not self.stable and step - self.renewed < args.reset_every // 2
@@ -897,9 +900,11 @@ class Evaluator(nn.Module):
             by_score, by_value = gains
             lost = by_value[0] < 0 or by_score[0] < -by_score[1]
             ready = (due and not self.parting) or (self.stable and self.segments >= self.next_proposal)
-            if ((lower > retained and not lost) or better) and not self.proving and ready:
+            promising = lower > retained and not lost
+            outgrown = promising and len(self.returns[1]) >= 3 and lower - retained > self.promise
+            if outgrown or ((promising or better) and ready and not self.proving):
                 self.prove(learner)
-                self.parting = due
+                self.promise, self.parting = value - retained, due
         else:
             self.estimates[1] = [math.inf, math.inf]  # of an older learner, or none
 
@@ -936,10 +941,10 @@ class Evaluator(nn.Module):
         return self.score_of(i) - self.score_of(0), float(self.per_return * error)
 
     def prove(self, learner: Explorer) -> None:
-        """A frozen copy of the learner is proposed, unless one is: whole episodes prove it [D7]."""
-        if not self.proving and self.args.evaluator == "frozen-until-stable":
+        """A frozen copy of the learner is proposed: whole episodes prove it [D7]."""
+        if self.args.evaluator == "frozen-until-stable":
             copy_weights(learner, self.pairs[1])
-            self.proving = True
+            self.proving, self.promise, self.returns[1] = True, math.inf, []
 
     def end_episode(self, learner: Explorer, step: int, episode_return: float) -> None:
         """Whether the proposed learner is retained, or another proposed [D7]."""
@@ -955,7 +960,7 @@ class Evaluator(nn.Module):
                 self.replace(learner, by=2)
             self.score, self.returns[2] = self.score_of(0), []
         old = self.returns[0]
-        if self.alone == 3 and old and episode_return > np.quantile(old, 0.75):
+        if self.alone == 3 and old and not self.proving and episode_return > np.quantile(old, 0.75):
             self.prove(learner)
         if new:
             gain = float(np.mean(new) - np.mean(old))

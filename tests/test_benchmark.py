@@ -106,7 +106,7 @@ def test_dry_run_lists_the_commands(bench):
     assert code == 0 and output.splitlines() == expected
     words = ARGS[: ARGS.index("--offline-steps")]
     _, readme = bench("--preset", "readme", *words, "--dry-run", "--", "--no-cuda", "--preset", "full")
-    tail = "--dataset stand-in --compile --matmul-precision medium --eval-every 2500 --no-cuda --preset full"
+    tail = "--dataset stand-in --no-cuda --preset full"
     assert all(f"{line} ".endswith(f" {tail} ") and "runs/readme" in line for line in readme.splitlines())
     assert not (bench.folder / "runs").exists()  # nothing was touched
 

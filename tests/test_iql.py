@@ -536,9 +536,3 @@ def test_one_replay_is_k_updates_on_fresh_batches():
         steps = {float(state["step"]) for state in agent.optimizer.state.values()}
         assert steps == {5.0 * calls}
     assert len(set(losses)) == 7, "the same batch in every replay"
-
-
-@needs_cuda
-def test_train_with_graphs_ends(toy_args):
-    summary = iql.train(iql.Args(**toy_args | {"cuda": True, "cuda_graph": True}))
-    assert math.isfinite(summary["final_score"])

@@ -336,6 +336,32 @@ def test_proposed_with_a_lower_bound_above_or_whole_episodes(monkeypatch, learne
     assert copied == proposed and kept
 
 
+@pytest.mark.parametrize(
+    ("trials", "values", "fresh"),
+    [
+        (3, [11.4, 11.9], True),  # lower bounds 11.2 and 11.7, above the 11.4 that the copy promised
+        (3, [11.4, 11.5], False),
+        (2, [11.4, 11.9], False),  # it may still show it
+        (3, [None, 11.9], False),  # proposed for an episode of its own
+    ],
+)
+def test_a_copy_in_doubt_gives_way_to_a_learner_that_promises_more(monkeypatch, trials, values, fresh):
+    _, learner, evaluator, _ = make(bound_errors=2.0, **LIMITS)
+    records = [row(**CONTROL)] * 4 + [row(gain=1.0)] * 4
+    for number, value in enumerate(values):
+        answers = iter([(10.0, 0.1), (value or 0.0, 0.1)])
+        monkeypatch.setattr("sft_reset.combine", lambda _, answers=answers: next(answers))
+        if value is None:
+            evaluator.prove(learner)
+        judged(evaluator, learner, records)
+        if number == 0:
+            assert evaluator.proving
+            evaluator.returns[1] = [50.0] * trials
+            learner.actor.net[-1].bias.data += 1.0
+    assert evaluator.returns[1] == ([] if fresh else [50.0] * trials) and evaluator.proving
+    assert torch.equal(evaluator.pairs[1].actor.net[-1].bias, learner.actor.net[-1].bias) == fresh
+
+
 def end_episode(evaluator, learner, episode_return):
     evaluator.end_episode(learner, 1_000, episode_return)
 
@@ -442,15 +468,16 @@ def test_a_learner_whose_whole_episodes_gain_acts_in_every_state():
         assert evaluator.turn([-9.0, -9.0]) == (margin == -math.inf)
 
 
-def test_after_a_fall_the_learner_is_held_by_twice_as_much_until_another_policy_is_retained():
+def test_after_a_fall_the_learner_is_held_by_twice_as_much_until_episodes_lose_nothing():
     _, learner, evaluator, _ = make(hold=0.4, **LIMITS)
     records = [row(**CONTROL)] * 8 + [row()] * 8
-    for mixed, first, last in [
+    for mixed, first, last in [  # the retained policy's: 50 +- 5.8
         ([50.0, 52.0], 0.3 * 0.97, 0.25),
         ([37.0, 38.0], 0.5, 1.0),  # held by 0.25 when it fell
-        ([50.0, 52.0], 0.97, 0.5),
+        ([41.0, 42.0], 0.97, 0.5),  # in doubt
         ([37.0, 38.0], 1.0, 1.0),
-        ([50.0, 52.0], 1.0, 1.0),
+        ([41.0, 42.0], 1.0, 1.0),
+        ([50.0, 52.0], 0.97, 0.25),
     ]:
         evaluator.hold = 0.3 if first == 0.3 * 0.97 else evaluator.hold
         evaluator.returns[0], evaluator.returns[4] = [40.0, 50.0, 60.0], mixed

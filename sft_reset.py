@@ -722,7 +722,6 @@ class Evaluator(nn.Module):
         self.proving, self.parting, self.next_proposal = False, False, args.window
         self.alone = -1  # whose the whole episode is, an index of `returns`; -1: no one's
         self.hold, self.least_hold = 1.0, 0.25  # shares of the most that the learner is held by [D8]
-        self.promise = math.inf  # value that the proposed learner promised to gain; inf: proposed for its episodes
         # Of whole episodes of each of `pairs` alone, of the learner's latest ones and of the latest that were no one's.
         self.returns = [[], [], [], [], []]
         self.records, self.segment, self.values, self.history = [], [], [], []
@@ -901,10 +900,11 @@ class Evaluator(nn.Module):
             lost = by_value[0] < 0 or by_score[0] < -by_score[1]
             ready = (due and not self.parting) or (self.stable and self.segments >= self.next_proposal)
             promising = lower > retained and not lost
-            outgrown = promising and len(self.returns[1]) >= 3 and lower - retained > self.promise
+            trial = self.score_of(1) - self.score_of(0) if len(self.returns[1]) >= 3 else math.inf
+            outgrown = promising and self.per_value * (lower - retained) > trial
             if outgrown or ((promising or better) and ready and not self.proving):
                 self.prove(learner)
-                self.promise, self.parting = value - retained, due
+                self.parting = due
         else:
             self.estimates[1] = [math.inf, math.inf]  # of an older learner, or none
 
@@ -944,7 +944,7 @@ class Evaluator(nn.Module):
         """A frozen copy of the learner is proposed: whole episodes prove it [D7]."""
         if self.args.evaluator == "frozen-until-stable":
             copy_weights(learner, self.pairs[1])
-            self.proving, self.promise, self.returns[1] = True, math.inf, []
+            self.proving, self.returns[1] = True, []
 
     def end_episode(self, learner: Explorer, step: int, episode_return: float) -> None:
         """Whether the proposed learner is retained, or another proposed [D7]."""

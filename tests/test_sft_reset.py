@@ -337,28 +337,25 @@ def test_proposed_with_a_lower_bound_above_or_whole_episodes(monkeypatch, learne
 
 
 @pytest.mark.parametrize(
-    ("trials", "values", "fresh"),
+    ("trials", "value", "per_value", "fresh"),
     [
-        (3, [11.4, 11.9], True),  # lower bounds 11.2 and 11.7, above the 11.4 that the copy promised
-        (3, [11.4, 11.5], False),
-        (2, [11.4, 11.9], False),  # it may still show it
-        (3, [None, 11.9], False),  # proposed for an episode of its own
+        ([51.0, 52.0, 53.0], 11.4, 2.0, True),  # lower bound 11.2: 2.4 points, and the copy returned 2 more
+        ([51.0, 52.0, 53.0], 11.1, 2.0, False),
+        ([51.0, 52.0], 11.4, 2.0, False),  # it may still show it
+        ([49.0, 50.0, 51.0], 9.9, 2.0, False),  # the bound promises nothing
+        ([51.0, 52.0, 53.0], 11.4, math.nan, False),  # a goal task, where a value is no score
     ],
 )
-def test_a_copy_in_doubt_gives_way_to_a_learner_that_promises_more(monkeypatch, trials, values, fresh):
+def test_a_copy_in_doubt_gives_way_to_a_learner_that_promises_more(monkeypatch, trials, value, per_value, fresh):
     _, learner, evaluator, _ = make(bound_errors=2.0, **LIMITS)
-    records = [row(**CONTROL)] * 4 + [row(gain=1.0)] * 4
-    for number, value in enumerate(values):
-        answers = iter([(10.0, 0.1), (value or 0.0, 0.1)])
-        monkeypatch.setattr("sft_reset.combine", lambda _, answers=answers: next(answers))
-        if value is None:
-            evaluator.prove(learner)
-        judged(evaluator, learner, records)
-        if number == 0:
-            assert evaluator.proving
-            evaluator.returns[1] = [50.0] * trials
-            learner.actor.net[-1].bias.data += 1.0
-    assert evaluator.returns[1] == ([] if fresh else [50.0] * trials) and evaluator.proving
+    evaluator.per_return, evaluator.per_value = 1.0, per_value
+    evaluator.prove(learner)
+    evaluator.returns[:2] = [49.0, 50.0, 51.0], trials
+    answers = iter([(10.0, 0.1), (value, 0.1)])
+    monkeypatch.setattr("sft_reset.combine", lambda _: next(answers))
+    learner.actor.net[-1].bias.data += 1.0
+    judged(evaluator, learner, [row(**CONTROL)] * 4 + [row(gain=1.0)] * 4)
+    assert evaluator.proving and evaluator.returns[1] == ([] if fresh else trials)
     assert torch.equal(evaluator.pairs[1].actor.net[-1].bias, learner.actor.net[-1].bias) == fresh
 
 

@@ -655,6 +655,8 @@ def main(args: Args) -> None:
     kept_settings = {row["run"]: {key: row[key] for key in ("settings", "domain", "command")} for row in found}
     (out / "settings.json").write_text(json.dumps(kept_settings, indent=1) + "\n")
     (out / "commands.txt").write_text("".join(f"{row['command']}\n" for row in found))
+    for row, written in zip(found, read_report(out), strict=True):
+        row["scalars"] = written["scalars"]  # as rounded there: the same files give the same pictures
     rows = read_csv(out / "per_seed.csv")
     with open(args.reported, newline="") as file:
         reported = list(csv.DictReader(file))

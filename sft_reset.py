@@ -738,7 +738,8 @@ class Evaluator(nn.Module):
         self.next_episode()
         self.scale = float(np.abs(task.data["reward"]).mean()) * self.horizon + 1e-6  # the unit of the limits
         steps = len(task.data["reward"]) / max(task.data["terminated"].sum() + task.data["truncated"].sum(), 1)
-        known = task.domain not in GOAL_DOMAINS  # there a value counts steps, not successes
+        known = task.domain not in GOAL_DOMAINS  # there a value counts steps, not successes, and to terminate is good
+        self.may_fall = known and bool(task.data["terminated"].any())
         self.per_value = float(steps / self.horizon / task.reward_scale * self.per_return) if known else math.nan
 
     @property
@@ -965,7 +966,8 @@ class Evaluator(nn.Module):
         if new:
             gain = float(np.mean(new) - np.mean(old))
             p_value = rank_test(new, old).pvalue if len(new) >= 3 else 0.0
-            better = len(new) >= 3 and gain > 0 and bool(p_value <= 1 - self.args.replace_confidence)
+            risk = max(float(np.mean(old)) - self.ref_min, 0.0) / (len(new) + 1) if self.may_fall else 0.0
+            better = len(new) >= 3 and gain > risk and bool(p_value <= 1 - self.args.replace_confidence)
             if better or gain <= 0 or p_value > 0.3 or len(new) == 10:
                 self.next_proposal = self.segments + self.args.window
                 if better:

@@ -547,6 +547,20 @@ def test_a_proposal_replaces_the_pair_only_after_whole_episodes_that_show_it(pro
         assert evaluator.renewed == 0
 
 
+@pytest.mark.parametrize(
+    ("proposed", "replaced", "n"),
+    [([60.0, 61.0, 62.0], 1, 3), ([55.0, 56.0, 57.0], 1, 6), ([53.0, 54.0, 55.0], 1, 9), ([52.0, 53.0, 54.0], 0, 10)],
+)
+def test_where_episodes_can_end_in_a_fall_a_small_gain_takes_more_of_them(proposed, replaced, n):
+    """The retained policy returns 39.8 above a random one: more than 39.8 / (n + 1) must be gained."""
+    _, learner, evaluator, _ = make()
+    evaluator.alone, evaluator.may_fall = -1, True
+    prove(evaluator, learner, [49.0, 50.0, 51.0], [])
+    evaluator.proving = True
+    assert prove(evaluator, learner, [49.0, 50.0, 51.0], proposed).count(1) == n
+    assert evaluator.replaced == replaced
+
+
 @pytest.mark.parametrize(("later", "restored", "n"), [(40.0, 1, 7), (45.0, 1, 7), (46.0, 0, 7), (55.0, 0, 1)])
 def test_a_replacement_is_undone_where_ten_episodes_say_that_it_was_wrong(later, restored, n):
     """It returns `later` after its trial, in which it returned 61 on average and the former one 50. That 60, 61, 62

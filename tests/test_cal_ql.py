@@ -129,8 +129,15 @@ def test_losses_and_gradients_are_those_of_an_independent_implementation(switche
     losses = agent.update(batch, noise)
 
     assert 0 < bounded < 48 if switches["calibrate"] else bounded == 0
-    assert set(losses) == {*expected, "cql_gap_0", "cql_gap_1"}
-    for name, value in (expected | {"cql_gap_0": gaps[0], "cql_gap_1": gaps[1]}).items():
+    with torch.no_grad():
+        _, log_prob = cal_ql.squash(*before.actor(batch["obs"]), noise["actor"])
+        data_q = before.critic(batch["obs"], batch["action"].unsqueeze(1)).mean()
+    seen = {"cql_gap_0": gaps[0], "cql_gap_1": gaps[1], "alpha": before.log_alpha.exp(), "entropy": -log_prob.mean()}
+    seen |= {"data_q": data_q} | (
+        {"bound_rate": torch.tensor(bounded / 48.0, dtype=torch.double)} if switches["calibrate"] else {}
+    )
+    assert set(losses) == {*expected, *seen, "bound_rate"}
+    for name, value in (expected | seen).items():
         assert losses[name].shape == () and not losses[name].requires_grad
         torch.testing.assert_close(losses[name], value.detach(), rtol=1e-10, atol=1e-12)
     trained, names = networks(agent), dict(zip(agent.parameters(), dict(agent.named_parameters()), strict=True))

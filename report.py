@@ -3,6 +3,7 @@
     python report.py runs/quick                       # writes runs/quick/report/
     python report.py runs/quick --out results --readme README.md    # also puts the tables between README's markers
     python report.py runs/new results --out results   # adds runs to an earlier report, whose run folders may be gone
+    python report.py runs/quick --scripts sft_reset iql_finetune --out runs/quick/sft       # of these scripts alone
 
 Every table is made from results/per_seed.csv alone, the figures from results/curves.csv. Means, interquartile means
 (IQM) and 95 % percentile intervals from a stratified bootstrap (runs drawn anew within each task), as Agarwal et al.
@@ -54,6 +55,7 @@ class Args:
     out: Path | None = None  # where tables, plots and per-seed values go; default: report/ in the first of `runs`
     reported: Path = Path(__file__).resolve().parent / "results" / "reported.csv"  # published numbers
     readme: Path | None = None  # file to update between its markers
+    scripts: tuple[str, ...] = ()  # report these alone (sft_reset, sft_reset_online, ...), with the offline phases
 
 
 # ---- run folders -> rows ----
@@ -648,6 +650,9 @@ def main(args: Args) -> None:
     found = merged(read_runs(args.runs), earlier)
     if not found:
         fail(f"no run folders in {', '.join(map(str, args.runs))}; give what was --run-dir")
+    for script in set(args.scripts) - {row["script"] for row in found}:
+        fail(f"no runs of {script} there; there are: {', '.join(sorted({row['script'] for row in found}))}")
+    found = [row for row in found if not args.scripts or row["script"] in (*args.scripts, "offline")]
     set_apart(found)
     out.mkdir(parents=True, exist_ok=True)
     write_csv(found, out / "per_seed.csv")

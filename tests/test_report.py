@@ -382,6 +382,18 @@ def test_no_run_folders(tmp_path, capsys):
     assert error.value.code == 2 and "no run folders" in capsys.readouterr().err
 
 
+def test_only_the_scripts_asked_for(tmp_path, capsys):
+    for script in ("cal_ql", "iql_finetune", "offline"):
+        make_run(tmp_path / "runs", script=script)
+    report.main(report.Args((tmp_path / "runs",), tmp_path / "out", scripts=("cal_ql",)))
+    rows = report.read_csv(tmp_path / "out/per_seed.csv")
+    assert [row["script"] for row in rows] == ["cal_ql", "offline"]
+    with pytest.raises(SystemExit) as error:
+        report.main(report.Args((tmp_path / "runs",), tmp_path / "none", scripts=("cal_ql", "sft_reset")))
+    assert error.value.code == 2 and not (tmp_path / "none").exists()
+    assert "no runs of sft_reset there; there are: cal_ql, iql_finetune, offline" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("wrong", ["reported", "readme", "summary.json", "args.json"])
 def test_what_cannot_be_read_is_one_line_before_anything_is_written(tmp_path, capsys, wrong):
     run, paths = make_run(tmp_path / "runs"), {}

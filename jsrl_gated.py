@@ -321,7 +321,7 @@ def find_dataset(args: Args) -> tuple[str, Path, str]:
 
 def returns_to_go(rewards: list[float], failed: bool, task: Task, gamma: float) -> list[float]:
     """Of an episode of transformed rewards. One that failed to reach its goal counts as failing for ever after, one of
-    dense rewards cut by its time limit as earning nothing more: too low by gamma^k of the value, k steps before."""
+    dense rewards cut by its time limit as earning nothing more: off by gamma^k of the value there, k steps before."""
     if failed:
         return [task.transform_reward(0.0) / (1 - gamma)] * len(rewards)
     returns, g = [], 0.0

@@ -542,12 +542,12 @@ class Agent(nn.Module):
         data_q, random_q, policy_q = self.critic(obs, actions).split([1, k, 2 * k], -1)  # (2, n, ...)
         bellman_loss = (data_q.squeeze(-1) - backup).square().mean(1)
 
-        bound_rate = (policy_q < batch["return_to_go"].view(-1, 1)).to(policy_q).mean()
-
         # Gap: log-sum-exp of Q over actions (CQL Eq. 4, importance-sampled as in its App. F) above Q of the data's one.
         # An action of the policy whose value is below the return really had from s is not pushed down (Eq. 5.1)
+        return_to_go = batch["return_to_go"].view(-1, 1)
+        bound_rate = (policy_q < return_to_go).to(policy_q).mean()
         if args.calibrate:
-            policy_q = torch.maximum(policy_q, batch["return_to_go"].view(-1, 1))
+            policy_q = torch.maximum(policy_q, return_to_go)
         if args.importance_sampling:
             log_density = torch.cat([uniform_log_prob, policy_log_prob, next_log_prob], 1)
             soft_q = (torch.cat([random_q, policy_q], -1) - log_density).logsumexp(-1)

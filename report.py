@@ -650,8 +650,10 @@ def main(args: Args) -> None:
     found = merged(read_runs(args.runs), earlier)
     if not found:
         fail(f"no run folders in {', '.join(map(str, args.runs))}; give what was --run-dir")
-    for script in set(args.scripts) - {row["script"] for row in found}:
-        fail(f"no runs of {script} there; there are: {', '.join(sorted({row['script'] for row in found}))}")
+    there = sorted({row["script"] for row in found})
+    for script in args.scripts:
+        if script not in there:
+            fail(f"no runs of {script} there; there are: {', '.join(there)}")
     found = [row for row in found if not args.scripts or row["script"] in (*args.scripts, "offline")]
     set_apart(found)
     out.mkdir(parents=True, exist_ok=True)

@@ -133,9 +133,9 @@ def test_losses_and_gradients_are_those_of_an_independent_implementation(switche
         _, log_prob = cal_ql.squash(*before.actor(batch["obs"]), noise["actor"])
         data_q = before.critic(batch["obs"], batch["action"].unsqueeze(1)).mean()
     seen = {"cql_gap_0": gaps[0], "cql_gap_1": gaps[1], "alpha": before.log_alpha.exp(), "entropy": -log_prob.mean()}
-    seen |= {"data_q": data_q} | (
-        {"bound_rate": torch.tensor(bounded / 48.0, dtype=torch.double)} if switches["calibrate"] else {}
-    )
+    seen["data_q"] = data_q
+    if switches["calibrate"]:
+        seen["bound_rate"] = torch.tensor(bounded / 48, dtype=torch.double)
     assert set(losses) == {*expected, *seen, "bound_rate"}
     for name, value in (expected | seen).items():
         assert losses[name].shape == () and not losses[name].requires_grad

@@ -24,13 +24,13 @@ results: README.md. Our choices:
      the tolerance, an explorer no better than its guide opens one gate in three, as no more than ten results of a trial
      count: older ones are of another explorer.
 [D6] `level` is confirmed and deployed, but for as long as the mean of all results or of the last four is below the
-     guide less the tolerance, the guide is. Training episodes act at `trial`, one step above or the same. A trial is
-     confirmed, after three episodes at least, when its lower bound is above the reference less the tolerance; the
-     reference is the best lower bound so far up to that level, or the guide. It rises with every level that opens;
-     bounds from higher levels do not count below them, for one lucky sample would keep every later trial shut. The next
-     step is then twice as large. It is refuted when its upper bound is below the guide less the tolerance: the next one
-     is smaller, and waits longer each time. The tolerance is a share of the dataset's range of returns: noisy tasks
-     have a wide one. Trials act with the explorer's noise, which is not deployed.
+     guide's, the guide is: what exploring may lose, the tolerance, is not deployed. Training episodes act at `trial`,
+     one step above or the same. A trial is confirmed, after three episodes at least, when its lower bound is above the
+     reference less the tolerance; the reference is the best lower bound so far up to that level, or the guide. It rises
+     with every level that opens; bounds from higher levels do not count below them, for one lucky sample would keep
+     every later trial shut. The next step is then twice as large. It is refuted when its upper bound is below the guide
+     less the tolerance: the next one is smaller, and waits longer each time. The tolerance is a share of the dataset's
+     range of returns: noisy tasks have a wide one. Trials act with the explorer's noise, which is not deployed.
 [D7] The upper bound is the lower one of two: that of the last ten episodes, for a lasting loss amid noise, and that of
      the last four, for a collapse. `level` closes by the same test at half the tolerance: to where the loss, were it in
      proportion to the level, is tolerated. It is compared with the guide, not with the best so far: closing only leads
@@ -39,11 +39,11 @@ results: README.md. Our choices:
      So its policy loss holds it to the guide, as TD3+BC (Fujimoto, Gu 2021) does to the data, by a weight that falls
      with the mean of level and trial, half of the way in 1,000 steps. Where the gate is open a little of it stays:
      without (`--gate open --anchor-open 0`, plain fine-tuning) hopper's learner falls for good.
-[D9] SAC may lose what it has gained. So an explorer at level 1 whose lower bound is above its guide by more than the
-     tolerance is copied (--promote), after an episode no worse than its mean. The frozen copy acts alone in training
-     episodes, while the guide is deployed, until the bounds of its own returns decide: it becomes the guide, or is
-     dropped. Either way trials go on at level 1. Bounds of a policy that learns on say little of one moment: hopper's
-     copy of a policy that had returned 3,300 returned 330.
+[D9] SAC may lose what it has gained. So an explorer at level 1 whose lower bound, of all results or of the last four,
+     is above its guide by more than the tolerance is copied (--promote), after an episode no worse than its mean. The
+     frozen copy acts alone in training episodes, and is deployed as its explorer was, until the bounds of its own
+     returns decide: it becomes the guide, or is dropped. Either way trials go on at level 1. Bounds of a policy that
+     learns on say little of one moment: hopper's copy of a policy that had returned 3,300 returned 330.
 """
 
 import contextlib
@@ -659,7 +659,7 @@ class Gate:
         self.tolerance = 100 * args.tolerance * task.return_range / (task.ref_max - task.ref_min)
         self.warm = False  # the guide has acted enough for updates and decisions
         self.level, self.trial = 0.0, 0.0  # what is confirmed, what acts in the next training episode [D6]
-        self.losing = False  # the explorer, in its latest results
+        self.losing = False  # the explorer, or its copy, in its latest results
         self.notch, self.wait, self.patience = 0.2, 0, 1  # next step up; episodes until it; wait after a refutation
         self.length, self.guide = 0.0, []  # median length and the [values, gains] of the guide's latest episodes
         self.results = []  # [values, gains, switch step] of the latest episodes at `trial`
@@ -674,7 +674,8 @@ class Gate:
 
     @property
     def deployed(self) -> float:
-        return 0.0 if self.losing and self.args.gate == "confidence" else self.level
+        """What of an episode the explorer, or its copy on test, gets where the policy is deployed."""
+        return 0.0 if self.losing and self.args.gate == "confidence" else float(self.candidate or self.level)
 
     def switch_step(self, level: float) -> int:
         return int((1 - level) * self.length + 1e-6) if self.args.switch == "horizon" else 0
@@ -686,8 +687,9 @@ class Gate:
         segment = t // max(self.length // 20, 1)
         return (offset + 0.618034 * segment) % 1 < level  # golden ratio: any stretch has about a share `level`
 
-    def act(self, guide: nn.Module, explorer: nn.Module, obs: np.ndarray, t: int) -> np.ndarray:
+    def act(self, guide: nn.Module, explorer: nn.Module, candidate: nn.Module, obs: np.ndarray, t: int) -> np.ndarray:
         """The deployed policy."""
+        explorer = candidate if self.candidate else explorer
         return (explorer if self.explores(t, self.deployed) else guide).act(obs)
 
     def margin(self) -> float:
@@ -741,16 +743,17 @@ class Gate:
             log |= {f"width_{name}": np.ptp(bounds(*pair, confidence)[1:]) for name, pair in pairs.items()}
             sample, guide = pairs[self.args.estimator]
             estimate, lower, upper = bounds(sample, guide, confidence)
-            recent, _, latest_upper = bounds(sample[-4:], guide, confidence)
+            recent, latest_lower, latest_upper = bounds(sample[-4:], guide, confidence)
+            self.losing = min(estimate, recent) < 0
             estimate, upper = recent if latest_upper < -self.margin() else estimate, min(upper, latest_upper)
-            estimates, self.losing = (estimate, lower, upper), bool(min(estimate, recent) < -self.tolerance)
+            estimates = estimate, lower, upper
             base = self.task.score(0.0) + np.mean([sum(gains) for _, gains in self.guide])
             named = {"estimate": estimate, "lower": lower, "upper": upper, "reference": reference}
             log |= {name: base + value for name, value in named.items()}
             log["calibration"] = np.mean(pairs["advantage"][1])
         if self.warm and not self.candidate:
             decision = self.decide(*estimates, reference)
-        better = self.level == 1 and len(self.results) >= 5 and estimates[1] > self.tolerance
+        better = self.level == 1 and len(self.results) >= 5 and max(lower, latest_lower) > self.tolerance
         better = better and sample[-1] >= np.mean(sample)  # not where the latest episode begins a fall
         if better and self.args.promote and self.args.gate == "confidence":
             self.candidate, self.results = True, []
@@ -762,6 +765,7 @@ class Gate:
         """1: the candidate becomes the guide, -1: it is dropped, 0: undecided [D9]."""
         tested, guide = ([sum(gains) for _, gains in episodes] for episodes in (self.tested, self.guide))
         lower, upper = bounds(tested, guide, self.args.confidence)[1:] if len(tested) >= 3 else (-math.inf, math.inf)
+        self.losing = bool(min(np.mean(tested), np.mean(tested[-4:])) < np.mean(guide))
         if lower > 0:
             self.guide, self.confirmed = self.tested, [[0.0, 0.0]]
         elif upper >= self.tolerance and len(tested) < 10:
@@ -1051,7 +1055,7 @@ def train(args: Args) -> dict:
         explorer.loss = torch.compile(explorer.loss)
     env, update = task.make_env(), partial(run_updates, explorer, buffer, args.utd_ratio, 0.5)  # [D3]
     update = CudaGraph(update) if args.cuda_graph else update
-    deployed = partial(gate.act, guide, explorer)
+    deployed = partial(gate.act, guide, explorer, candidate)
     if not progress["steps"]:
         copy_weights(agent, guide)  # [D1]
         if args.warm_start and args.explorer == "iql":
@@ -1079,7 +1083,8 @@ def train(args: Args) -> dict:
         progress["online_step"] = step
         if step % args.eval_every == 0 or step == args.online_steps:
             result = evaluate(deployed, eval_env, task, args)
-            alone = result if gate.deployed == 1 else evaluate(explorer.act, eval_env, task, args)
+            is_deployed = gate.deployed == 1 and not gate.candidate
+            alone = result if is_deployed else evaluate(explorer.act, eval_env, task, args)
             result |= {"learner_score": alone["normalized_score"]}
             run.log("online", step, result | {"charts/SPS": (step + 1 - first) / (time.time() - began)}, losses)
             bar.set_postfix(score=f"{result['normalized_score']:.1f}", level=gate.deployed)

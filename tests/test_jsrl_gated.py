@@ -121,7 +121,8 @@ def test_a_clearly_better_explorer_becomes_the_guide_once_its_copy_has_shown_it(
     play(gate, [60] * 10)
     assert gate.level == 1 and not gate.candidate  # four episodes at level 1
     play(gate, [60])
-    assert gate.candidate and gate.level == gate.next_level() == 0 and mean_guide(gate) == 50  # the guide is deployed
+    assert gate.candidate and gate.level == gate.next_level() == 0 and mean_guide(gate) == 50
+    assert gate.deployed == 1  # the copy, as its explorer was
     history = play(gate, [60, 60, 60, 55, 55, 55, 55], guide=[60])  # at last better than the first guide only
     assert [level for level, _, _ in history] == [0, 0, 0] + [1] * 7  # the copy alone first
     assert mean_guide(gate) == 60 and gate.level < 1
@@ -137,6 +138,25 @@ def test_a_copy_that_does_not_show_it_is_dropped(returns, episodes):
     history = play(gate, [60] * 3, guide=returns)
     assert [level for level, _, _ in history] == [0] * episodes + [1] * 3
     assert not gate.candidate and not gate.tested and mean_guide(gate) == 50 and gate.level == 1
+
+
+def test_a_copy_is_made_of_what_the_latest_four_have_gained():
+    gate = make_gate(promote=True)
+    play(gate, [50] * 12)
+    gate.results = [[[0.0] * 10, [total / 10] * 10, 0] for total in [50, 49, 51, 50, 49, 51, 56, 55, 57]]
+    log = gate.end(1_000, 1.0, [0.0] * 10, [5.6] * 10)
+    assert log["gate/lower"] < 52 and gate.candidate
+
+
+def test_a_copy_is_deployed_but_for_as_long_as_its_own_episodes_return_less():
+    gate, acted = make_gate(promote=True), []
+    play(gate, [60] * 11)
+    guide, explorer, candidate = (SimpleNamespace(act=lambda obs, name=name: acted.append(name)) for name in "gec")
+    for total in (40, 75, 20, 75):
+        gate.act(guide, explorer, candidate, None, 0)
+        log = gate.end(1_000, 0, [0.0] * 10, [total / 10] * 10)
+        assert gate.candidate and log["gate/deployed"] == gate.deployed == float(total == 75)
+    assert acted == ["c", "g", "c", "g"]
 
 
 def play_one(gate: jsrl.Gate, dead: bool) -> float:
@@ -157,6 +177,9 @@ def test_the_guide_is_deployed_for_as_long_as_the_explorer_loses():
     assert gate.deployed == 0
     play(gate, [60])
     assert gate.deployed == 1
+    gate = opened()
+    play(gate, [49.5] * 10)  # tolerated while it explores, not deployed
+    assert gate.level == 1 and gate.deployed == 0
     gate = make_gate()
     play(gate, [50] * 6 + [30, 30])  # two levels open, the third trial is as bad as can be
     assert gate.level == 0.6 and gate.deployed == 0
@@ -480,7 +503,8 @@ def test_who_acts_what_is_learned_and_what_is_copied_in_each_step(toy_args, monk
     def compare(act, *_):
         if len(steps) > 1 and "deployed" not in steps[-1]:  # the first evaluation at this step
             obs = np.zeros(parts["agent"].value[0].in_features, np.float32)
-            pairs = [(act(obs, t), parts["gate"].act(parts["guide"], parts["explorer"], obs, t)) for t in (0, 10_000)]
+            actors = [parts[name] for name in ("guide", "explorer", "candidate")]
+            pairs = [(act(obs, t), parts["gate"].act(*actors, obs, t)) for t in (0, 10_000)]
             steps[-1]["deployed"] = all(map(np.array_equal, *zip(*pairs, strict=True)))
 
     spy(jsrl.Run, "start", before=lambda run, task, **given: parts.update(given))

@@ -32,7 +32,7 @@ preset() {
   EXTRA=()
   case $1 in
     quick)
-      TASKS="hopper-medium walker2d-medium halfcheetah-medium walker2d-expert pointmaze-medium" SEEDS="1 2 3"
+      TASKS="hopper-medium walker2d-medium halfcheetah-medium hopper-expert pointmaze-medium" SEEDS="1 2 3"
       SCRIPTS="cal_ql jsrl_gated sft_reset iql_finetune jsrl_gated:open" OFFLINE_STEPS=50000 ONLINE_STEPS=25000 ;;
     readme)
       TASKS="hopper-medium walker2d-medium halfcheetah-medium hopper-expert pointmaze-medium" SEEDS="1 2 3"

@@ -438,6 +438,7 @@ class StackedCritic(nn.Module):
         self.weights = nn.ParameterList(torch.stack(pair) for pair in pairs)
         self.biases = nn.ParameterList(torch.zeros(2, 1, n) for n in sizes[1:])
 
+    @torch.compiler.disable  # compiled for a CPU, it stores bool masks of its ReLUs: an update takes twice as long
     def forward(self, obs: Tensor, action: Tensor, frozen: bool = False) -> Tensor:
         """Values (2, n, k) of actions (n, k, action_dim) at obs (n, obs_dim); frozen: no gradient for the weights."""
         weights, biases = ([p.detach() if frozen else p for p in ps] for ps in (self.weights, self.biases))

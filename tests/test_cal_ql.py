@@ -340,6 +340,15 @@ def test_critic_in_blocks_with_a_shared_first_layer_is_the_plain_network():
     assert [gradient is not None for gradient in frozen] == [False] * (len(parameters) - 1) + [True]
 
 
+def test_compiled_losses_are_the_same_and_leave_the_critics_as_they_are():
+    agent, batch, graphs = make_agent(), make_batch(6), []
+    noise = agent.draw_noise(batch["obs"])
+    compiled = torch.compile(agent.loss, backend=lambda graph, _: graphs.append(graph) or graph)
+    torch.testing.assert_close(compiled(batch, noise), agent.loss(batch, noise))
+    called = {node.target for graph in graphs for node in graph.graph.nodes}
+    assert torch.tanh in called and torch.baddbmm not in called
+
+
 def test_initial_networks_are_orthogonal_with_small_outputs():
     agent = cal_ql.Agent(OBS, ACT, make_args(hidden=8, critic_layers=2))
     for weight in (agent.critic.weights[1][0], agent.critic.weights[1][1], agent.actor.net[2].weight.T):

@@ -24,7 +24,7 @@ results: README.md. Our choices:
      the tolerance, an explorer no better than its guide opens one gate in three, as no more than ten results of a trial
      count: older ones are of another explorer.
 [D6] `level` is confirmed and deployed, but for as long as the mean of all results or of the last four is below the
-     guide's, the guide is: what exploring may lose, the tolerance, is not deployed. Training episodes act at `trial`,
+     guide's, the guide is: the tolerance is for exploring, no loss seen is deployed. Training episodes act at `trial`,
      one step above or the same. A trial is confirmed, after three episodes at least, when its lower bound is above the
      reference less the tolerance; the reference is the best lower bound so far up to that level, or the guide. It rises
      with every level that opens; bounds from higher levels do not count below them, for one lucky sample would keep

@@ -44,6 +44,9 @@ results: README.md. Our choices:
      frozen copy acts alone in training episodes, and is deployed as its explorer was, until the bounds of its own
      returns decide: it becomes the guide, or is dropped. Either way trials go on at level 1. Bounds of a policy that
      learns on say little of one moment: hopper's copy of a policy that had returned 3,300 returned 330.
+[D10] Nor do they tell that it is about to collapse: hopper-expert's explorer returned 10 after eight episodes of 100 to
+     105. So the explorer acts as it is at the start of the episode, and what is deployed, or copied, is how it acted in
+     the latest episode that returned no less than the guide's mean.
 """
 
 import contextlib
@@ -687,9 +690,8 @@ class Gate:
         segment = t // max(self.length // 20, 1)
         return (offset + 0.618034 * segment) % 1 < level  # golden ratio: any stretch has about a share `level`
 
-    def act(self, guide: nn.Module, explorer: nn.Module, candidate: nn.Module, obs: np.ndarray, t: int) -> np.ndarray:
+    def act(self, guide: nn.Module, explorer: nn.Module, obs: np.ndarray, t: int) -> np.ndarray:
         """The deployed policy."""
-        explorer = candidate if self.candidate else explorer
         return (explorer if self.explores(t, self.deployed) else guide).act(obs)
 
     def margin(self) -> float:
@@ -726,13 +728,14 @@ class Gate:
             gains = np.diff(np.maximum.accumulate(gains), prepend=0)  # the first success counts, once
         gains = [float(gain) * 100 / (self.task.ref_max - self.task.ref_min) for gain in gains]
         switch = self.switch_step(level)
-        promoted = 0
+        acted = level > 0 and len(gains) > switch  # one that ended before says nothing about the explorer
+        promoted, proven = 0, False
         if self.candidate:
             self.tested = [*self.tested, [values, gains]]
             promoted = self.judge()
         elif level == 0:
             self.guide = [*self.guide, [values, gains]][-30:]
-        elif len(gains) > switch:  # an episode that ended before says nothing about the explorer
+        elif acted:
             self.results = [*self.results, [values, gains, switch]][-10:]
         self.length = float(np.median([len(values) for values, _ in self.guide]))
         self.warm = self.warm or (step >= self.args.warmup_steps and len(self.guide) >= 3)
@@ -744,7 +747,7 @@ class Gate:
             sample, guide = pairs[self.args.estimator]
             estimate, lower, upper = bounds(sample, guide, confidence)
             recent, latest_lower, latest_upper = bounds(sample[-4:], guide, confidence)
-            self.losing = min(estimate, recent) < 0
+            self.losing, proven = min(estimate, recent) < 0, acted and sample[-1] >= np.mean(guide)  # [D10]
             estimate, upper = recent if latest_upper < -self.margin() else estimate, min(upper, latest_upper)
             estimates = estimate, lower, upper
             base = self.task.score(0.0) + np.mean([sum(gains) for _, gains in self.guide])
@@ -754,11 +757,12 @@ class Gate:
         if self.warm and not self.candidate:
             decision = self.decide(*estimates, reference)
         better = self.level == 1 and len(self.results) >= 5 and max(lower, latest_lower) > self.tolerance
-        better = better and sample[-1] >= np.mean(sample)  # not where the latest episode begins a fall
+        better = better and proven and sample[-1] >= np.mean(sample)  # not where the latest episode begins a fall
         if better and self.args.promote and self.args.gate == "confidence":
             self.candidate, self.results = True, []
             self.level, self.trial, self.notch, self.wait = 0.0, 0.0, 1.0, 0
-        log |= {"level": self.level, "deployed": self.deployed, "decision": decision, "promoted": promoted}
+        log |= {"level": self.level, "deployed": self.deployed, "proven": proven}
+        log |= {"decision": decision, "promoted": promoted}
         return {f"gate/{name}": value for name, value in log.items()}
 
     def judge(self) -> int:
@@ -1012,8 +1016,8 @@ def train(args: Args) -> dict:
         agent = Agent(task.data["obs"].shape[1], task.data["action"].shape[1], args)
         learner = {"sac": Explorer, "iql": Agent}[args.explorer]
         explorer = learner(task.data["obs"].shape[1], task.data["action"].shape[1], args)
-    guide, gate = copy.deepcopy(agent).requires_grad_(False), Gate(args, task)
-    candidate = copy.deepcopy(guide)  # [D9]
+    guide, proven, gate = copy.deepcopy(agent).requires_grad_(False), copy.deepcopy(agent), Gate(args, task)
+    acting = copy.deepcopy(explorer) if args.gate == "confidence" else explorer  # [D10]
     identity = {"algorithm": agent.algorithm, "dataset_id": task.dataset_id}
     same = "hidden", "gamma", "dropout", "reward_scale", "reward_bias", "normalize_obs"  # dropout: not in cal_ql
     identity |= {name: vars(args).get(name) for name in same}
@@ -1021,7 +1025,7 @@ def train(args: Args) -> dict:
         pretrained = load_file(Path(args.offline_checkpoint), phase="offline", **identity)
         agent.load_state_dict(pretrained["agent"])
         args.offline_steps = run.progress["offline_step"] = pretrained["offline_steps"]
-    run.start(task, agent=agent, buffer=buffer, explorer=explorer, guide=guide, candidate=candidate, gate=gate)
+    run.start(task, agent=agent, buffer=buffer, explorer=explorer, guide=guide, proven=proven, gate=gate)
     progress = run.progress
     films = run.dir / "videos" / f"from_{progress['offline_step'] + progress['online_step']}"  # each counts from 0
     eval_env = task.make_env(films if args.capture_video else None)
@@ -1055,9 +1059,9 @@ def train(args: Args) -> dict:
         explorer.loss = torch.compile(explorer.loss)
     env, update = task.make_env(), partial(run_updates, explorer, buffer, args.utd_ratio, 0.5)  # [D3]
     update = CudaGraph(update) if args.cuda_graph else update
-    deployed = partial(gate.act, guide, explorer, candidate)
+    deployed = partial(gate.act, guide, proven if args.gate == "confidence" else explorer)
     if not progress["steps"]:
-        copy_weights(agent, guide)  # [D1]
+        copy_weights(agent, guide, proven)  # [D1]
         if args.warm_start and args.explorer == "iql":
             explorer.load_state_dict(copy.deepcopy(agent.state_dict()))
         elif args.warm_start:
@@ -1071,9 +1075,10 @@ def train(args: Args) -> dict:
         if over:
             (obs, _), episode_return = env.reset(seed=1_000 * args.seed + progress["episode"]), 0.0
             level, offset, trail = gate.next_level(), random.random(), []
-            lead = candidate if gate.candidate else guide
+            lead = proven if gate.candidate else guide
+            copy_weights(explorer.actor, acting.actor)
         explores = gate.explores(len(trail), level, offset)
-        action = explorer.act(obs, noise=1.0) if explores else lead.act(obs)
+        action = acting.act(obs, noise=1.0) if explores else lead.act(obs)
         losses = update() if gate.warm else {}  # launched before the environment steps: a GPU works meanwhile
         next_obs, reward, terminated, truncated, info = env.step(action)
         buffer.add(obs, action, next_obs, task.transform_reward(reward), terminated)
@@ -1083,7 +1088,7 @@ def train(args: Args) -> dict:
         progress["online_step"] = step
         if step % args.eval_every == 0 or step == args.online_steps:
             result = evaluate(deployed, eval_env, task, args)
-            is_deployed = gate.deployed == 1 and not gate.candidate
+            is_deployed = gate.deployed == 1 and args.gate != "confidence"
             alone = result if is_deployed else evaluate(explorer.act, eval_env, task, args)
             result |= {"learner_score": alone["normalized_score"]}
             run.log("online", step, result | {"charts/SPS": (step + 1 - first) / (time.time() - began)}, losses)
@@ -1093,12 +1098,12 @@ def train(args: Args) -> dict:
             values = guide.value(torch.from_numpy(np.stack(states)).to(device)).squeeze(-1).tolist()
             decided = gate.end(step, level, values, gains) | {"gate/explorer_share": np.mean(explored)}
             run.log("online", step, {"episodic_return": episode_return, "gate/offset": offset} | decided)
-            if gate.candidate and not gate.tested:  # [D9]
-                copy_weights(explorer.actor.net, candidate.actor.net)
-            elif decided["gate/promoted"] > 0:
-                copy_weights(candidate.actor.net, guide.actor.net)
+            if decided["gate/proven"]:
+                copy_weights(acting.actor.net, proven.actor.net)
+            if decided["gate/promoted"] > 0:
+                copy_weights(proven.actor.net, guide.actor.net)
             if args.explorer == "sac" and args.warm_start and gate.warm:  # [D8]
-                copy_weights((candidate if gate.candidate else guide).actor.net, explorer.anchor_net)
+                copy_weights((proven if gate.candidate else guide).actor.net, explorer.anchor_net)
                 weight = args.anchor + (args.anchor_open - args.anchor) * (gate.level + gate.trial) / 2
                 explorer.anchor.lerp_(torch.tensor(weight, device=device), 1 - 0.5 ** (len(trail) / 1000))
             progress["episode"] += 1

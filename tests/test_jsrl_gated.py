@@ -151,12 +151,21 @@ def test_a_copy_is_made_of_what_the_latest_four_have_gained():
 def test_a_copy_is_deployed_but_for_as_long_as_its_own_episodes_return_less():
     gate, acted = make_gate(promote=True), []
     play(gate, [60] * 11)
-    guide, explorer, candidate = (SimpleNamespace(act=lambda obs, name=name: acted.append(name)) for name in "gec")
+    guide, proven = (SimpleNamespace(act=lambda obs, name=name: acted.append(name)) for name in "gp")
     for total in (40, 75, 20, 75):
-        gate.act(guide, explorer, candidate, None, 0)
+        gate.act(guide, proven, None, 0)
         log = gate.end(1_000, 0, [0.0] * 10, [total / 10] * 10)
         assert gate.candidate and log["gate/deployed"] == gate.deployed == float(total == 75)
-    assert acted == ["c", "g", "c", "g"]
+    assert acted == ["p", "g", "p", "g"]
+
+
+def test_an_explorer_is_proven_by_an_episode_that_returns_no_less_than_the_guides_mean():
+    gate = opened()  # the guide's mean is 50
+    end = lambda level, total, n=10: gate.end(1_000, level, [0.0] * n, [total / n] * n)["gate/proven"]  # noqa: E731
+    assert [bool(end(1.0, total)) for total in (50, 49.9, 10, 51)] == [True, False, False, True]
+    assert not end(0.0, 60), "the guide's own"
+    gate.trial = 0.2
+    assert not end(0.2, 60, n=8), "over before the explorer's turn"
 
 
 def play_one(gate: jsrl.Gate, dead: bool) -> float:
@@ -472,7 +481,8 @@ def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
 
 @pytest.mark.parametrize("outcome", [1, -1])  # of the copy that is tried: it becomes the guide, it is dropped
 def test_who_acts_what_is_learned_and_what_is_copied_in_each_step(toy_args, monkeypatch, outcome):
-    parts, steps, events = {}, [{}], {}  # events: what an episode's end decided, and the index of the step after it
+    parts, steps = {}, [{}]
+    begun, events = [], {}  # explorers as episodes begin; what an episode's end decided: index of the step after it
 
     def spy(owner, name, before=lambda *_, **__: None, after=lambda result, *_: result):
         original = getattr(owner, name)
@@ -484,47 +494,51 @@ def test_who_acts_what_is_learned_and_what_is_copied_in_each_step(toy_args, monk
         monkeypatch.setattr(owner, name, wrapped)
 
     def lead():
-        return parts["candidate"] if parts["gate"].candidate else parts["guide"]
+        return parts["proven"] if parts["gate"].candidate else parts["guide"]
 
     def force(log, gate, *episode):
-        if gate.results and not events:  # the explorer has acted
+        if len(gate.results) > 1 and not events:  # the explorer has acted, and not only as the guide does
             gate.candidate, gate.trial, gate.results, events["copied"] = True, 0.0, [], len(steps) - 1
+            log["gate/proven"] = True
         elif gate.candidate and len(gate.tested) == 2:
             gate.candidate, gate.tested, log["gate/promoted"], events["judged"] = False, [], outcome, len(steps) - 1
         return log
 
     def learn(agent, buffer, n, online_share=None):
         if agent is parts["explorer"]:
-            own, guide, candidate = (parts[name].actor.net for name in ("explorer", "guide", "candidate"))
+            guide, proven = (parts[name].actor.net for name in ("guide", "proven"))
             steps[-1] |= {"share": online_share, "anchored": same(lead().actor.net, agent.anchor_net)}
-            steps[-1] |= {"copied": same(candidate, own), "promoted": same(guide, candidate)}
+            steps[-1] |= {"copied": len(begun) > 1 and same(proven, begun[-2].net), "promoted": same(guide, proven)}
             steps[-1]["first"] = same(guide, parts["agent"].actor.net)
 
     def compare(act, *_):
         if len(steps) > 1 and "deployed" not in steps[-1]:  # the first evaluation at this step
             obs = np.zeros(parts["agent"].value[0].in_features, np.float32)
-            actors = [parts[name] for name in ("guide", "explorer", "candidate")]
+            actors = [parts[name] for name in ("guide", "proven")]
             pairs = [(act(obs, t), parts["gate"].act(*actors, obs, t)) for t in (0, 10_000)]
             steps[-1]["deployed"] = all(map(np.array_equal, *zip(*pairs, strict=True)))
 
     spy(jsrl.Run, "start", before=lambda run, task, **given: parts.update(given))
     spy(jsrl.Gate, "end", after=force)
     spy(jsrl.Gate, "explores", after=lambda turn, *_: steps[-1].update(explores=turn) or turn)
+    spy(jsrl.Gate, "next_level", before=lambda gate: begun.append(copy.deepcopy(parts["explorer"].actor)))
     for kind in (jsrl.Agent, jsrl.Explorer):
-        spy(kind, "act", before=lambda self, obs, t=0, noise=0.0: steps[-1].update(by=self, noise=noise))
+        spy(kind, "act", before=lambda self, obs, t=0, noise=0.0: steps[-1].update(
+            by=self, noise=noise, held=same(self.actor, begun[-1]) if noise else True))  # fmt: skip
     spy(jsrl, "run_updates", before=learn)
     spy(jsrl, "evaluate", before=compare)
     spy(jsrl.ReplayBuffer, "add", before=lambda *_: steps[-1].update(lead=lead(), warm=parts["gate"].warm),
         after=lambda *_: steps.append({}))  # fmt: skip
     jsrl.train(jsrl.Args(**toy_args | {"warmup_steps": 40, "online_steps": 400, "eval_episodes": 1}))
 
-    acted, evaluated = ([step for step in steps if key in step] for key in ("lead", "deployed"))
-    assert len(acted) == 400
-    for step in acted:
-        assert (step["by"], step["noise"]) == ((parts["explorer"], 1.0) if step["explores"] else (step["lead"], 0.0))
+    taken, evaluated = ([step for step in steps if key in step] for key in ("lead", "deployed"))
+    assert len(taken) == 400
+    for step in taken:
+        assert (step["by"] is step["lead"], step["noise"]) == ((False, 1.0) if step["explores"] else (True, 0.0))
+        assert step["by"] is not parts["explorer"] and step["held"]  # a copy of it, made when the episode began
         assert step.get("share") == (0.5 if step["warm"] else None) and step.get("anchored", True)
-    assert {step["lead"] for step in acted} == {parts["guide"], parts["candidate"]}
-    assert {step["explores"] for step in acted} == {step["warm"] for step in acted} == {True, False}
+    assert {step["lead"] for step in taken} == {parts["guide"], parts["proven"]}
+    assert {step["explores"] for step in taken} == {step["warm"] for step in taken} == {True, False}
     assert steps[events["copied"]]["copied"] and not steps[events["copied"]]["promoted"]
     after = steps[events["judged"]]
     assert (after["promoted"], after["first"]) == ((True, False) if outcome == 1 else (False, True))

@@ -21,7 +21,7 @@ EXCUSED_FIELDS = {
     "domain_values": "each algorithm's own hyper-parameters",
 }
 EXCUSED_LINES = {  # in setup, offline and finish of `train`: pattern, reason
-    r"learner = |explorer = |gate = |candidate = |evaluator = |run\.start\(": "online parts are built with the others",
+    r"learner = |explorer = |gate = |acting = |evaluator = |run\.start\(": "online parts are built with the others",
     r"save_file|online\.pt|identity|parts = |^[+-]\s*\)$|run\.finish|never stable|evaluator\.": "and saved with them",
 }
 ALL = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)

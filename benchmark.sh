@@ -29,13 +29,11 @@ declare -A FLAGS=( # variant -> flags beside its script's defaults; script:word 
 )
 
 preset() {
-  EXTRA=()
+  TASKS="hopper-medium walker2d-medium halfcheetah-medium hopper-expert pointmaze-medium" SEEDS="1 2 3" EXTRA=()
   case $1 in
     quick)
-      TASKS="hopper-medium walker2d-medium halfcheetah-medium hopper-expert pointmaze-medium" SEEDS="1 2 3"
       SCRIPTS="cal_ql jsrl_gated sft_reset iql_finetune jsrl_gated:open" OFFLINE_STEPS=50000 ONLINE_STEPS=25000 ;;
     readme)
-      TASKS="hopper-medium walker2d-medium halfcheetah-medium hopper-expert pointmaze-medium" SEEDS="1 2 3"
       SCRIPTS="cal_ql jsrl_gated sft_reset iql_finetune jsrl_gated:open sft_reset:online sft_reset:noreset"
       OFFLINE_STEPS=50000 ONLINE_STEPS=50000 EXTRA=(--dataset stand-in) ;;
     full)

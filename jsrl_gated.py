@@ -1088,7 +1088,7 @@ def train(args: Args) -> dict:
         progress["online_step"] = step
         if step % args.eval_every == 0 or step == args.online_steps:
             result = evaluate(deployed, eval_env, task, args)
-            is_deployed = gate.deployed == 1 and args.gate != "confidence"
+            is_deployed = gate.deployed == 1 and acting is explorer
             alone = result if is_deployed else evaluate(explorer.act, eval_env, task, args)
             result |= {"learner_score": alone["normalized_score"]}
             run.log("online", step, result | {"charts/SPS": (step + 1 - first) / (time.time() - began)}, losses)
@@ -1111,7 +1111,7 @@ def train(args: Args) -> dict:
                 run.save()
 
     # ---- finish ----
-    parts = {"agent": agent, "explorer": explorer, "guide": guide, "gate": gate}
+    parts = {"agent": agent, "explorer": explorer, "guide": guide, "proven": proven, "gate": gate}
     online = {name: part.state_dict() for name, part in parts.items()} | {"phase": "online"} | identity
     save_file(run.dir / "online.pt", online)
     return run.finish(task)

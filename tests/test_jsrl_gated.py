@@ -563,6 +563,7 @@ def test_variants_run(toy_args, options, anchor):
     summary = jsrl.train(jsrl.Args(**toy_args | {"warmup_steps": 40, "online_steps": 240} | options))
     content = torch.load(next(folder.glob("*/online.pt")), weights_only=True)
     assert math.isfinite(summary["final_score"]) and content["gate"]["warm"]
+    assert set(content) >= {"guide", "explorer", "proven", "gate"}  # what is deployed is made of these
     if options.get("gate") == "closed":
         assert content["gate"]["level"] == 0 and summary["drop"] == 0
     if anchor is not None:

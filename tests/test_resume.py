@@ -329,6 +329,6 @@ def test_every_script_resumes_online_to_the_same_numbers(script, candidate, toy_
     if script.stem == "jsrl_gated":
         assert one["gate"] == other["gate"]
         assert len(one["gate"]["tested"]) >= 2 if candidate else one["gate"]["trial"] and one["gate"]["results"]
-    for part in set(one) & {"agent", "explorer", "guide", "learner", "evaluator"}:
+    for part in set(one) & {"agent", "explorer", "guide", "proven", "learner", "evaluator"}:
         tensors = [key for key, value in one[part].items() if torch.is_tensor(value)]
         assert tensors and all(torch.equal(one[part][key], other[part][key]) for key in tensors)

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Tasks x scripts x seeds, side by side on this machine or as SLURM job arrays; then: python report.py RUN_DIR
 #
-#   ./benchmark.sh                      preset quick: 50k + 25k steps into runs/quick, 60 core-hours: a night on 8 cores
-#   ./benchmark.sh --preset readme      the runs of the README's main table, three seeds of each, 40 core-hours
+#   ./benchmark.sh                      preset quick: 50k + 25k steps into runs/quick, 35 core-hours: a night on 4 cores
+#   ./benchmark.sh --preset readme      the runs of the README's main table, three seeds of each, 55 core-hours
 #   ./benchmark.sh --preset full        1M + 1M steps, 5 seeds, every task family, every variant (a cluster's work)
 #   ./benchmark.sh --tasks "hopper-medium" --scripts "jsrl_gated jsrl_gated:open" --seeds "1 2" --online-steps 20000
 #   ./benchmark.sh --dry-run            print what is left to run, one command a line

@@ -100,7 +100,7 @@ class Args:
     # Antmaze, kitchen: the authors'. Adroit: CORL's. All but antmaze [D2]. Ours: pointmaze, antmaze's, whose growing
     # multiplier cost it a third of its success; locomotion, the CQL authors' but for their third hidden layer, their
     # first 40,000 updates by behaviour cloning and their unscaled rewards. Values start at 0: below returns of 300 they
-    # rise for 15,000 updates, in which calibration leaves the policy's actions free of conservatism, and it gets lost.
+    # rise for 15,000 updates, in which calibration leaves a policy free of conservatism, which then leaves the data.
     domain_values: ClassVar[dict[str, dict]] = {
         "locomotion": {"critic_layers": 2, "conservative_weight": 5.0, "max_target_backup": False, "reward_scale": 0.1},
         "antmaze": {"critic_layers": 4, "lagrange": True, "reward_scale": 10.0, "reward_bias": -5.0},

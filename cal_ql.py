@@ -97,19 +97,20 @@ class Args:
     reward_scale: float | None = None  # r -> scale * r + bias, online too; 0: 1000 / return range of the dataset
     reward_bias: float | None = None  # added to the scaled reward
     normalize_obs: bool | None = None  # by mean and standard deviation of the dataset
+    optimistic: bool | None = None  # values start at the largest return-to-go of the dataset, not at 0
     # Antmaze, kitchen: the authors'. Adroit: CORL's. All but antmaze [D2]. Ours: pointmaze, antmaze's, whose growing
     # multiplier cost it a third of its success; locomotion, the CQL authors' but for their third hidden layer, their
-    # first 40,000 updates by behaviour cloning and their unscaled rewards. Values start at 0: below returns of 300 they
-    # rise for 15,000 updates, in which calibration leaves a policy free of conservatism, which then leaves the data.
+    # first 40,000 updates by behaviour cloning and values that start at 0: above antmaze's returns, but far below these,
+    # to which they rise for 15,000 updates, and until then calibration would leave the policy free of conservatism.
     domain_values: ClassVar[dict[str, dict]] = {
-        "locomotion": {"critic_layers": 2, "conservative_weight": 5.0, "max_target_backup": False, "reward_scale": 0.1},
+        "locomotion": {"max_target_backup": False, "optimistic": True},
         "antmaze": {"critic_layers": 4, "lagrange": True, "reward_scale": 10.0, "reward_bias": -5.0},
         "adroit": {"critic_layers": 3, "actor_layers": 3, "conservative_weight": 1.0},
         "kitchen": {"critic_layers": 3, "actor_layers": 3, "importance_sampling": False, "mixing_ratio": 0.25},
         "pointmaze": {"critic_layers": 4, "reward_scale": 10.0, "reward_bias": -5.0},
         "any": {"critic_layers": 2, "actor_layers": 2, "conservative_weight": 5.0, "lagrange": False}
         | {"max_target_backup": True, "importance_sampling": True, "mixing_ratio": 0.5}
-        | {"reward_scale": 1.0, "reward_bias": 0.0, "normalize_obs": False},
+        | {"reward_scale": 1.0, "reward_bias": 0.0, "normalize_obs": False, "optimistic": False},
     }
 
 
@@ -578,6 +579,12 @@ class Agent(nn.Module):
         seen |= {"data_q": data_q.mean(), "bound_rate": bound_rate}
         return losses | {name: value.detach() for name, value in seen.items()}
 
+    @torch.no_grad()
+    def start_values(self, value: float) -> None:
+        """Both critics and their targets start near `value` instead of near 0."""
+        for critic in (self.critic, self.target_critic):
+            critic.biases[-1].fill_(value)
+
     def update(self, batch: dict[str, Tensor], noise: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """One gradient step of all networks on a batch of `ReplayBuffer.sample`; returns detached scalars."""
         losses = self.loss(batch, self.draw_noise(batch["obs"]) if noise is None else noise)
@@ -807,6 +814,8 @@ def train(args: Args) -> dict:
     buffer = ReplayBuffer(task.data, min(args.buffer_size, args.online_steps), device)
     with device:
         agent = Agent(task.data["obs"].shape[1], task.data["action"].shape[1], args)
+    if args.optimistic:
+        agent.start_values(float(task.data["return_to_go"].max()))
     identity = {"algorithm": agent.algorithm, "dataset_id": task.dataset_id}
     same = "hidden", "gamma", "dropout", "reward_scale", "reward_bias", "normalize_obs"  # dropout: not in cal_ql
     identity |= {name: vars(args).get(name) for name in same}

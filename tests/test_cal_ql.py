@@ -433,6 +433,24 @@ def test_episodes_enter_the_buffer_when_finished_and_as_many_updates_follow(toy_
         start += length
 
 
+@pytest.mark.parametrize("optimistic", [True, False])
+def test_values_start_at_the_largest_return_of_the_dataset_or_at_0(optimistic, toy_args, monkeypatch):
+    seen, run_updates = [], cal_ql.run_updates
+
+    def spy(agent, buffer, n, online_share=None):
+        data = dict(zip(buffer.keys, buffer.rows[: buffer.n_dataset].split(buffer.widths, 1), strict=True))
+        with torch.no_grad():
+            for critic in (agent.critic, agent.target_critic):
+                seen.append((critic(data["obs"], data["action"].unsqueeze(1)), data["return_to_go"].max()))
+        return run_updates(agent, buffer, n, online_share)
+
+    monkeypatch.setattr(cal_ql, "run_updates", spy)
+    options = {"n_actions": 2, "reward_bias": 10.0, "optimistic": optimistic}
+    cal_ql.train(cal_ql.Args(**toy_args | options))
+    for values, largest in seen[:2]:  # of the first update
+        assert largest > 100 and values.numpy() == pytest.approx(float(largest) if optimistic else 0.0, abs=1)
+
+
 def test_the_score_of_a_setting_of_ours_is_printed_as_such(toy_args, capsys):
     cal_ql.train(cal_ql.Args(**toy_args | {"n_actions": 2, "offline_steps": 10, "online_steps": 10, "eval_every": 10}))
     assert "OUR setting" in capsys.readouterr().out

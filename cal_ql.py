@@ -100,7 +100,7 @@ class Args:
     optimistic: bool | None = None  # values start at the largest return-to-go of the dataset, not at 0
     # Antmaze, kitchen: the authors'. Adroit: CORL's. All but antmaze [D2]. Ours: pointmaze, antmaze's, whose growing
     # multiplier cost it a third of its success; locomotion, the CQL authors' but for their third hidden layer, their
-    # first 40,000 updates by behaviour cloning and values that start at 0: above antmaze's returns, but far below these,
+    # first 40,000 updates by behaviour cloning and values that start at 0: above antmaze's returns, far below these,
     # to which they rise for 15,000 updates, and until then calibration would leave the policy free of conservatism.
     domain_values: ClassVar[dict[str, dict]] = {
         "locomotion": {"max_target_backup": False, "optimistic": True},

@@ -103,8 +103,9 @@ def command(args: dict, defaults: dict, script: str) -> str:
     for name, value in args.items():
         if name in ABOUT or value is None or (name in defaults and defaults[name] == value):
             continue
-        flag = name.replace("_", "-")
-        words += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+        flag, domains = name.replace("_", "-"), name in defaults and defaults[name] is None  # those take a word: True
+        switch = isinstance(value, bool) and not domains
+        words += [f"--{flag}" if value else f"--no-{flag}"] if switch else [f"--{flag}", str(value)]
     return shlex.join(words)
 
 
@@ -450,6 +451,7 @@ def offline_table(rows: list[dict], reported: list[dict]) -> str:
         here = [row for row in fine if (row["task"], row["dataset_id"]) == (task, dataset_id)]
         cells = [label(task, dataset_id), f"{int(float(here[0]['offline_steps'])):,}"]
         iql = [row for row in here if not row["script"].startswith("cal_ql")]
+        iql.sort(key=lambda row: row["script"] == "offline")  # where the phase was trained, if that run is here
         for mine in (iql, [row for row in here if row["script"] == "cal_ql"]):
             seeds = {row["seed"]: row["offline_score"] for row in mine}
             cells.append(f"{show(interval(mean, [np.array(list(seeds.values()))]))} ({len(seeds)})" if seeds else "-")

@@ -1,11 +1,16 @@
 """report.py on run folders made by hand: the numbers, what is listed apart, and that the README shows results/."""
 
 import csv
+import importlib
 import json
+import shlex
+import shutil
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tyro
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
@@ -257,6 +262,33 @@ def test_commands_reproduce_the_run(tmp_path):
     assert "--offline-steps 100000" in line and "--no-calibrate" in line and "--gate open" in line
     assert "--offline-checkpoint 'a b/offline.pt'" in line and "--no-cuda" in line
     assert "--tolerance" not in line and "--seed" not in line  # the script's own defaults
+
+
+@pytest.mark.parametrize("name", ["jsrl_gated", "sft_reset", "cal_ql", "iql_finetune"])
+def test_a_script_takes_its_own_command(name, tmp_path):
+    """With every switch turned, and either value where the default is the domain's."""
+    module = importlib.import_module(name)
+    for word in (True, False):
+        args = module.Args(**module.Args.domain_values["any"], env_id="walker2d-medium", seed=3)
+        for field in fields(args):
+            if field.type is bool and field.name not in report.ABOUT:
+                setattr(args, field.name, not field.default)
+            elif field.type == bool | None:
+                setattr(args, field.name, word)
+        path = tmp_path / str(word)
+        path.mkdir()
+        (path / "args.json").write_text(json.dumps(vars(args) | {"dataset_id": "o2o/walker2d/medium-v0"}))
+        shutil.copy(ROOT / f"{name}.py", path)
+        words = shlex.split(report.command(*report.read_args(path)))
+        assert words[:2] == ["python", f"{name}.py"] and tyro.cli(module.Args, args=words[2:]) == args
+
+
+def test_iql_is_scored_where_its_offline_phase_was_trained(tmp_path):
+    """Another machine's evaluation of the same offline.pt may differ."""
+    for script, score in (("jsrl_gated", 40.0), ("offline", 50.0), ("sft_reset", 60.0)):
+        make_run(tmp_path, script=script, scores=(score, score))
+    rows, _ = run_report(tmp_path, out=tmp_path / "out")
+    assert cells(report.offline_table(rows, []), "hopper-medium (STAND-IN)")[2] == "50.0 (1)"
 
 
 def test_readme_is_updated_between_its_markers(tmp_path):

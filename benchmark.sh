@@ -184,8 +184,12 @@ while (($#)); do
     -h | --help) sed -n '2,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit ;;
     *) fail "unknown option $1; see --help" ;;
   esac
-  [[ -n ${2:-} ]] || [[ $1 == --sbatch && -v 2 ]] || fail "$1 needs a value; see --help"
+  [[ -n ${2:-} && $2 != --* ]] || [[ $1 == --sbatch && -v 2 ]] || fail "$1 needs a value; see --help"
   shift 2
+done
+own="env-id|seed|exp-name|run-dir|offline-steps|online-steps|offline-checkpoint|resume"
+for word in "${EXTRA[@]//_/-}"; do
+  [[ ! $word =~ ^--($own)(=.*)?$ ]] || fail "$word stands after --, where every run would get it; see --help"
 done
 for script in $SCRIPTS; do [[ -v FLAGS[$script] ]] || fail "unknown script $script; there are: ${!FLAGS[*]}"; done
 for number in $OFFLINE_STEPS $ONLINE_STEPS $WORKERS $SEEDS; do
@@ -198,6 +202,18 @@ done
 # ---- the lists ----
 twice=$({ offline_runs; online_runs; } | cut -f 1 | sort | uniq -d | head -n 1)
 [[ -z $twice ]] || fail "two runs would share the folder $twice; give each task, script and seed once"
+while IFS=$'\t' read -r name command; do
+  [[ -e $RUN_DIR/$name/summary.json ]] || continue
+  if [[ -e $RUN_DIR/logs/$name.command ]]; then
+    [[ $(<"$RUN_DIR/logs/$name.command") == "$command" ]] ||
+      fail "$RUN_DIR/$name is complete, but by another command (see logs/$name.command); give another --run-dir"
+  else # made by hand
+    [[ $command =~ --online-steps\ ([0-9]+) ]]
+    grep -q "\"offline_steps\": $OFFLINE_STEPS," "$RUN_DIR/$name/args.json" &&
+      grep -q "\"online_steps\": ${BASH_REMATCH[1]}," "$RUN_DIR/$name/args.json" ||
+      fail "$RUN_DIR/$name is complete, but with other numbers of steps (see its args.json); give another --run-dir"
+  fi
+done < <(offline_runs; online_runs)
 if [[ -n $DRY_RUN ]]; then
   for list in offline_runs online_runs; do left <($list) | cut -f 2-; done
   exit
@@ -208,16 +224,12 @@ flock -n 8 || fail "another benchmark.sh is at work in $RUN_DIR; stop it, wait f
 offline_runs >"$RUN_DIR/logs/offline.tsv"
 online_runs >"$RUN_DIR/logs/online.tsv"
 cat "$RUN_DIR"/logs/{offline,online}.tsv >"$RUN_DIR/logs/runs.tsv"
-while IFS=$'\t' read -r name command; do
-  [[ ! -e $RUN_DIR/$name/summary.json || ! -e $RUN_DIR/logs/$name.command ]] ||
-    [[ $(<"$RUN_DIR/logs/$name.command") == "$command" ]] ||
-    fail "$RUN_DIR/$name is complete, but by another command (see logs/$name.command); give another --run-dir"
-done <"$RUN_DIR/logs/runs.tsv"
 
 # ---- SLURM: the offline phases as one array, all else as another that waits for it ----
 if [[ -n $SLURM ]]; then
   command -v sbatch >/dev/null || fail "--slurm: no sbatch here"
   JOB=cleano2o:$(realpath "$RUN_DIR")
+  [[ -n $(left "$RUN_DIR/logs/runs.tsv") ]] || { echo "all runs complete; now: python report.py $RUN_DIR"; exit; }
   [[ -z $(squeue --noheader --name "$JOB") ]] || fail "runs of $RUN_DIR are in the queue already (squeue --name $JOB)"
   if ids=$(submit "$RUN_DIR/logs/offline.tsv" "") && ids+=$'\n'$(submit "$RUN_DIR/logs/online.tsv" "${ids##*$'\n'}"); then
     echo "submitted:" "${ids//$'\n'/ }"
@@ -238,7 +250,7 @@ run_here "$RUN_DIR/logs/online.tsv"
 
 failed=$(left "$RUN_DIR/logs/runs.tsv")
 [[ -n $failed ]] || { echo "all $TOTAL runs complete; now: python report.py $RUN_DIR"; exit; }
-echo "$(wc -l <<<"$failed") of $TOTAL runs failed:"
+echo "$(wc -l <<<"$failed") of $TOTAL runs not complete:"
 while IFS=$'\t' read -r name command; do
   echo "  $RUN_DIR/logs/$name.log: $(tail -c 2000 "$RUN_DIR/logs/$name.log" 2>/dev/null | tr '\r' '\n' | grep -av '^$' | tail -n 1)"
 done <<<"$failed"

@@ -30,8 +30,8 @@ from scipy import stats
 
 METRICS = ("offline_score", "final_score", "lowest_score", "drop", "degradation_area", "regret", "steps_to_gain")
 PROTOCOL = ("offline_steps", "online_steps", "utd_ratio", "eval_every", "eval_episodes")  # of all runs in a table
-COLUMNS = ("task", "dataset_id", "script", "seed", *METRICS, *PROTOCOL, "versions", "device", "eval_env", "commit")
-COLUMNS += ("code", "seconds", "updates_per_second", "run", "apart")
+COLUMNS = ("task", "dataset_id", "script", "algorithm", "seed", *METRICS, *PROTOCOL, "versions", "device", "eval_env")
+COLUMNS += ("commit", "code", "seconds", "updates_per_second", "run", "apart")
 ABOUT = ["resume", "dataset_id", "script"]  # in args.json, but not to be repeated in a command
 RESETS = "evaluator/resets"
 HELD = ("gate/deployed", RESETS)  # logged now and then; keep their value in between
@@ -45,6 +45,9 @@ PAIRS += [("jsrl_gated", "jsrl_gated_no_gate"), ("sft_reset", "sft_reset_online"
 ORDER = ["jsrl_gated", "sft_reset", "cal_ql", "iql_finetune", "jsrl_gated_open"]  # of rows; others after them
 COLORS = dict(zip(ORDER, ("#0072B2", "#D55E00", "#009E73", "#333333", "#56B4E9"), strict=True))
 MORE_COLORS = ("#CC79A7", "#E69F00", "#8B5A2B", "#7F3FBF", "#B0A000", "#888888")
+# Of IQL, which the scripts of a pair start from: a comparison is of runs that have the same.
+SHARED = ("hidden", "batch_size", "gamma", "tau", "learning_rate", "expectile", "beta", "dropout", "reward_scale")
+SHARED += ("reward_bias", "normalize_obs")
 REPORTED_AS = {"iql_finetune": "IQL", "cal_ql": "Cal-QL", "jsrl_gated_curriculum": "JSRL curriculum"}
 REPORTED_AS |= {"jsrl_gated_random": "JSRL random"}
 
@@ -116,11 +119,17 @@ def read_runs(folders: tuple[Path, ...]) -> list[dict]:
         try:
             args, defaults, script = read_args(path)
             summary = json.loads((path / "summary.json").read_text()) if (path / "summary.json").exists() else {}
-        except ValueError as error:
-            fail(f"cannot read {path} ({error}); delete it, or restore args.json, summary.json and the script in it")
+            args["env_id"], args["exp_name"]
+        except (LookupError, SyntaxError, ValueError) as error:
+            fail(f"cannot read {path} ({error!r}); delete it, or restore args.json, summary.json and the script in it")
         versions = {name: number.split("+")[0] for name, number in summary.get("versions", {}).items()}
         row = {key: summary.get(key, args.get(key)) for key in COLUMNS}
-        row |= {"task": args["env_id"], "script": args["exp_name"], "apart": ""}
+        row |= {
+            "task": args["env_id"],
+            "script": args["exp_name"],
+            "algorithm": script.removesuffix(".py"),
+            "apart": "",
+        }
         row["run"] = f"{row['dataset_id']}/{path.name}"  # the same folder name may be of official data and a stand-in
         row |= {"code": code_of(b"".join(p.read_bytes() for p in path.glob("*.py")))}
         row |= {"versions": " ".join(f"{name} {number}" for name, number in versions.items())}
@@ -150,6 +159,7 @@ def read_report(folder: Path) -> list[dict]:
         rows = list(csv.DictReader(file))
     for row in rows:
         row |= {key: int(row[key]) for key in PROTOCOL} | settings[row["run"]]
+        row["algorithm"] = row["command"].split()[1].removesuffix(".py")
         row["seed"], row["scalars"] = int(row["seed"]), {k: np.array(v) for k, v in curves[row["run"]].items()}
         row["apart"] = row["apart"] if row["apart"].startswith(UNUSABLE) else ""  # the rest is judged anew
     return rows
@@ -213,11 +223,20 @@ def set_apart(rows: list[dict]) -> None:
     ):
         if part:
             check(part, lambda row: {key: row[key] for key in PROTOCOL} | physics(row["versions"]))
+    steps = Counter(row["offline_steps"] for row in fine if row["script"] != "offline" and not row["apart"])
+    for row in fine:
+        if row["script"] == "offline" and not row["apart"] and steps and row["offline_steps"] not in steps:
+            row["apart"] = f"different settings: offline_steps {row['offline_steps']}, others {next(iter(steps))}"
     # A default of None is the domain's to fill: such a value may differ between tasks, but not within one.
     for same in groups("script"):
         check(same, lambda row: {k: v for k, v in row["settings"].items() if k not in row["domain"]})
     for same in groups("task", "dataset_id", "script"):
         check(same, lambda row: row["settings"] | {"eval_env": row["eval_env"]})
+    pairs = {name for pair in PAIRS for name in pair}
+    for same in groups("task", "dataset_id"):
+        if compared := [row for row in same if row["script"] in pairs]:
+            keys = [key for key in SHARED if all(key in row["settings"] for row in compared)]
+            check(compared, lambda row, keys=keys: {key: row["settings"][key] for key in keys})
     for same in groups("task", "dataset_id", "script", "seed"):
         for row in same[1:]:
             row["apart"] = f"there twice: the other is {same[0]['run']}"
@@ -280,7 +299,7 @@ def ratio(*samples, axis=-1):
 
 
 def interval(statistic, samples: list[np.ndarray]) -> tuple[float, float, float]:
-    """Value and 95 % interval; nan where a task has only one run."""
+    """Value and 95 % interval; nan where a task has only one run, infinite where a ratio's resamples are."""
     with np.errstate(divide="ignore", invalid="ignore"):
         value = float(statistic(*samples))
         if min(len(sample) for sample in samples) < 2:
@@ -291,8 +310,10 @@ def interval(statistic, samples: list[np.ndarray]) -> tuple[float, float, float]
 
 def show(numbers: tuple[float, float, float], digits: int = 1, unit: str = "") -> str:
     rounded = (round(number, digits) + 0.0 for number in numbers)  # + 0.0: no minus before a zero
-    value, low, high = (f"{number:.{digits}f}".replace("nan", "-") for number in rounded)
-    return f"{value}{unit}" if "-" in (low, high) else f"{value}{unit} [{low}, {high}]"
+    value, low, high = (f"{number:.{digits}f}" for number in rounded)
+    if not np.isfinite(numbers[0]):
+        return "-"
+    return f"{value}{unit} [{low}, {high}]" if np.isfinite(numbers[1:]).all() else f"{value}{unit}"
 
 
 def select(rows: list[dict], metric: str, **where) -> np.ndarray:
@@ -395,16 +416,22 @@ def samples_of(rows: list[dict], script: str, metric: str, tasks: list[tuple]) -
 
 
 def aggregate_table(rows: list[dict]) -> str:
-    """Over the tasks, of the scripts that have most of them."""
+    """Over the tasks, of the scripts that have most of them and three quarters of the runs that one has of most: on the
+    tasks and seeds that all of these have."""
     scripts = [script for (script,) in unique(kept(rows), "script")]
     scripts.sort(key=lambda script: ORDER.index(script) if script in ORDER else 99)
     count = {script: len(shared_tasks(rows, [script])) for script in scripts}
     scripts = [script for script in scripts if count[script] == max(count.values())]
+    runs = Counter(row["script"] for row in kept(rows) if row["script"] in scripts)
+    scripts = [script for script in scripts if runs[script] >= 0.75 * max(runs.values())]
+    times = Counter((r["task"], r["dataset_id"], r["seed"]) for r in kept(rows) if r["script"] in scripts)
+    rows = [row for row in kept(rows) if times[row["task"], row["dataset_id"], row["seed"]] == len(scripts)]
     tasks, body = shared_tasks(rows, scripts), []
     if not tasks:
-        return "The scripts have no task in common.\n"
+        return "The scripts have no task and seed in common.\n"
     for script in scripts:
-        cells = [script, f"{len(tasks)}", sum(map(len, samples_of(rows, script, "drop", tasks)))]
+        name = script + marks(row for row in rows if row["script"] == script)
+        cells = [name, f"{len(tasks)}", sum(map(len, samples_of(rows, script, "drop", tasks)))]
         for statistic, metric in ((mean, "offline_score"), (mean, "final_score"), (iqm, "final_score")):
             cells.append(show(interval(statistic, samples_of(rows, script, metric, tasks))))
         for metric, digits in (("drop", 1), ("degradation_area", 1), ("regret", 2)):
@@ -427,7 +454,7 @@ def headline_table(rows: list[dict]) -> str:
         if not tasks:
             continue
         drops = [samples_of(pair, name, "drop", tasks) for name in names]
-        less = interval(lambda *s, axis=-1: 100 * (1 - ratio(*s, axis=axis)), drops[0] + drops[1])
+        less = interval(lambda *s, axis=-1: 100 * (1 - ratio(*s, axis=axis)), drops[0] + drops[1])  # of no drop: "-"
         length = float(kept(rows)[0]["online_steps"])
         steps = [samples_of(pair, name, "steps_to_gain", tasks) for name in names]
         moved = [i for i in range(len(tasks)) if np.isfinite(np.append(steps[0][i], steps[1][i])).any()]
@@ -450,8 +477,9 @@ def offline_table(rows: list[dict], reported: list[dict]) -> str:
     for task, dataset_id in unique(fine, "task", "dataset_id"):
         here = [row for row in fine if (row["task"], row["dataset_id"]) == (task, dataset_id)]
         cells = [label(task, dataset_id), f"{int(float(here[0]['offline_steps'])):,}"]
-        iql = [row for row in here if not row["script"].startswith("cal_ql")]
-        iql.sort(key=lambda row: row["script"] == "offline")  # where the phase was trained, if that run is here
+        iql = [row for row in here if row["algorithm"] != "cal_ql"]
+        # Of a seed the run that trained the phase, if it is here; a variant only where no run has its script's own name
+        iql.sort(key=lambda row: (row["script"] == "offline", row["script"] == row["algorithm"]))
         for mine in (iql, [row for row in here if row["script"] == "cal_ql"]):
             seeds = {row["seed"]: row["offline_score"] for row in mine}
             cells.append(f"{show(interval(mean, [np.array(list(seeds.values()))]))} ({len(seeds)})" if seeds else "-")
@@ -481,7 +509,8 @@ NOTES = """
 Score: 0 is a random policy, 100 an expert. Values are means over seeds with 95 % stratified-bootstrap intervals in
 brackets. STAND-IN: trained on our own stand-in for the official dataset, not comparable with a reported number.
 Reported: after 1M offline steps, on the original datasets. Two scripts are compared on the tasks and seeds that both
-have; P: the chance that a run of the first does better than one of the second on the same task, a tie counting half.
+have, those of the table over the tasks on what all of them have; P: the chance that a run of the first does better than
+one of the second on the same task, a tie counting half.
 Steps to gain: mean over the runs that gained 10 points, and how many did; in the ratio of two scripts, which is over
 the tasks where one of them gains, a run that never does counts with its whole online phase. †: with more than one
 version of the script (column `code` of per_seed.csv) or of PyTorch or numpy, or on both CPU and GPU. ‡: from memory,
@@ -510,13 +539,14 @@ def all_tables(rows: list[dict], reported: list[dict]) -> str:
     return f"# Results\n\n{protocol(rows)}\n\n" + "\n".join(f"## {k}\n\n{v.strip()}\n" for k, v in sections.items())
 
 
-def update_readme(path: Path, block: str, out: str) -> None:
+def around(path: Path, out: str) -> tuple[str, str]:
+    """What stands before and after the tables of the folder `out` in the file, markers included."""
     begin, end = f"<!-- {out} -->", f"<!-- /{out} -->"
     head, begun, rest = path.read_text().partition(begin)
     _, ended, tail = rest.partition(end)
     if not begun or not ended:
         fail(f"{path} has no lines {begin} and {end} to put the tables between")
-    path.write_text(f"{head}{begin}\n{block}{end}{tail}")
+    return f"{head}{begin}\n", f"{end}{tail}"
 
 
 # ---- curves ----
@@ -572,7 +602,7 @@ def draw_task(axes, rows: list[dict], color: dict[str, str]) -> None:
             bottom.plot(grid, held(mine, "gate/deployed", grid), color=color[script], lw=1.5)
     starts = {}  # color -> offline scores
     for row in rows:
-        own = row["script"].startswith("cal_ql")  # has an offline phase of its own, the others share theirs
+        own = row["algorithm"] == "cal_ql"  # has an offline phase of its own, the others share theirs
         starts.setdefault(color[row["script"]] if own else "black", []).append(float(row["offline_score"]))
     for line, values in starts.items():
         top.axhline(np.mean(values), color=line, ls="--", lw=1)
@@ -643,6 +673,9 @@ def main(args: Args) -> None:
         if not path.is_file():
             fail(f"there is no {path}; --reported and --readme name files that are there")
     earlier, out = [], args.out or args.runs[0] / "report"
+    if args.readme:
+        name = os.path.relpath(out, args.readme.parent)
+        before, after = around(args.readme, name)
     for folder in args.runs:
         if (folder / "per_seed.csv").exists():
             try:
@@ -656,7 +689,10 @@ def main(args: Args) -> None:
     for script in args.scripts:
         if script not in there:
             fail(f"no runs of {script} there; there are: {', '.join(there)}")
-    found = [row for row in found if not args.scripts or row["script"] in (*args.scripts, "offline")]
+    chosen = [row for row in found if not args.scripts or row["script"] in (*args.scripts, "offline")]
+    if len(chosen) < len(found) and out.resolve() in [folder.resolve() for folder in args.runs]:
+        fail(f"--scripts would remove the other scripts' runs from {out}; give another --out")
+    found = chosen
     set_apart(found)
     out.mkdir(parents=True, exist_ok=True)
     write_csv(found, out / "per_seed.csv")
@@ -671,8 +707,7 @@ def main(args: Args) -> None:
         reported = list(csv.DictReader(file))
     (out / "table.md").write_text(all_tables(rows, reported))
     if args.readme:
-        name = os.path.relpath(out, args.readme.parent)
-        update_readme(args.readme, readme_block(rows, reported, name), name)
+        args.readme.write_text(before + readme_block(rows, reported, name) + after)
     drawn = [row for row in kept(found) if "online/normalized_score" in row["scalars"]]
     if drawn:
         draw(drawn, out / "curves.png", colors(drawn))

@@ -136,13 +136,27 @@ def test_runs_all_once_and_skips_complete_ones(bench):
     assert bench(*ARGS, "--dry-run") == (0, "")
     code, output = bench(*ARGS, "--online-steps", "60")  # complete runs, but of other settings
     assert code == 2 and "complete, but by another command" in output
+    assert bench(*ARGS, "--online-steps", "60", "--dry-run") == (code, output)
+
+
+@pytest.mark.parametrize("steps, code", [("100", 0), ("99", 2)])
+def test_a_complete_run_made_by_hand_counts_if_its_steps_are_those_asked_for(bench, steps, code):
+    folder = bench.folder / "runs/test/hopper-medium__cal_ql__1"
+    folder.mkdir(parents=True)
+    (folder / "args.json").write_text(
+        json.dumps({"offline_steps": int(steps), "online_steps": 50, "seed": 1}, indent=2)
+    )
+    (folder / "summary.json").touch()
+    found = bench(*ARGS, "--scripts", "cal_ql", "--dry-run")
+    assert found[0] == code and ("with other numbers of steps" in found[1]) == (code == 2)
+    assert code or found[1].count("\n") == 3
 
 
 def test_failed_run_is_told_and_stops_nothing(bench):
     code, output = bench(*ARGS, FAIL="hopper-medium__offline__1")
-    assert code == 1 and "3 of 16 runs failed:" in output  # it, and the two that need its offline.pt
+    assert code == 1 and "3 of 16 runs not complete:" in output  # it, and the two that need its offline.pt
     log = "runs/test/logs/hopper-medium__offline__1.log"
-    assert f"{log}: error: it was asked to fail" in output.split("runs failed:")[1]
+    assert f"{log}: error: it was asked to fail" in output.split("runs not complete:")[1]
     assert "FAILED (3), see " + log in output and len(bench.lines("ends.txt")) == 13
     code, output = bench(*ARGS)
     assert code == 0 and set(bench.lines("ends.txt")) == NAMES and len(bench.lines("ends.txt")) == 16
@@ -185,6 +199,9 @@ def test_two_at_once(bench):
         (["--seeds", "one"], "one is not a whole number"),
         (["--seeds", "01"], "01 is not a whole number"),
         (["--workers"], "--workers needs a value"),
+        (["--tasks", "--dry-run"], "--tasks needs a value"),
+        (["--", "--dataset", "stand-in", "--seed", "5"], "--seed stands after --"),
+        (["--", "--exp_name=x"], "--exp-name=x stands after --"),
         (["--tasks", ""], "--tasks needs a value"),
         (["--online-steps", "", "--dry-run"], "--online-steps needs a value"),
         (["--seeds", "1 2 1"], "two runs would share the folder halfcheetah-medium__cal_ql__1"),

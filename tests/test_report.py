@@ -126,7 +126,7 @@ def test_where_neither_script_drops_there_is_no_ratio(tmp_path):
     for script in ("jsrl_gated", "iql_finetune"):
         make_run(tmp_path / "runs", script=script, scores=(50, 51, 52))
     _, text = run_report(tmp_path / "runs", out=tmp_path / "out")
-    assert cells(text, "jsrl_gated", "iql_finetune")[2:7] == ["1", "1", "0.0 → 0.0", "- %", "neither gains"]
+    assert cells(text, "jsrl_gated", "iql_finetune")[2:7] == ["1", "1", "0.0 → 0.0", "-", "neither gains"]
 
 
 def test_runs_of_more_than_one_version_of_a_script_are_marked(tmp_path):
@@ -289,6 +289,65 @@ def test_iql_is_scored_where_its_offline_phase_was_trained(tmp_path):
         make_run(tmp_path, script=script, scores=(score, score))
     rows, _ = run_report(tmp_path, out=tmp_path / "out")
     assert cells(report.offline_table(rows, []), "hopper-medium (STAND-IN)")[2] == "50.0 (1)"
+
+
+def test_scripts_are_compared_over_the_tasks_on_the_seeds_that_all_have(tmp_path):
+    """A script that few seeds of a task were run with is left out, rather than taken as the mean of other runs."""
+    for script, seeds in {"iql_finetune": (1, 2, 3, 4), "jsrl_gated": (1, 2, 3), "cal_ql": (1,)}.items():
+        for seed in seeds:
+            make_run(tmp_path, script=script, seed=seed, scores=(50, 50, 50.0 + seed), summary={"device": "c" * seed})
+    rows, _ = run_report(tmp_path, out=tmp_path / "out")
+    text = report.aggregate_table(rows)
+    assert "cal_ql" not in text
+    for script in ("iql_finetune†", "jsrl_gated†"):
+        assert cells(text, script)[2] == "3" and cells(text, script)[4].startswith("52.0 [")
+
+
+def test_offline_table_goes_by_script_and_settings_not_by_name(tmp_path):
+    make_run(tmp_path, script="cal_ql_renamed", scores=(1.0, 1.0))
+    make_run(tmp_path, script="iql_finetune", scores=(50.0, 50.0))
+    make_run(tmp_path, script="iql_finetune_other", scores=(10.0, 10.0), expectile=0.5)
+    make_run(tmp_path, script="offline", scores=(90.0, 90.0), offline_steps=200_000)
+    rows, text = run_report(tmp_path, out=tmp_path / "out")
+    assert cells(report.offline_table(rows, []), "hopper-medium (STAND-IN)")[1:4] == ["100,000", "50.0 (1)", "-"]
+    assert "offline_steps 200000, others 100000" in text
+
+
+def test_pairs_that_start_from_another_iql_are_not_compared(tmp_path):
+    for seed in (1, 2):
+        make_run(tmp_path, script="jsrl_gated", seed=seed)
+        make_run(tmp_path, script="iql_finetune", seed=seed, batch_size=256)
+        make_run(tmp_path, script="jsrl_gated_open", seed=seed, expectile=0.9)
+    rows, text = run_report(tmp_path, out=tmp_path / "out")
+    assert cells(report.headline_table(rows), "jsrl_gated")[1] == "iql_finetune"
+    assert "jsrl_gated_open" not in report.headline_table(rows) and "expectile 0.9, others 0.7" in text
+
+
+def test_a_reduction_of_no_drop_is_not_a_number(tmp_path):
+    for seed in (1, 2):
+        make_run(tmp_path, script="jsrl_gated", seed=seed, scores=(50, 48))
+        make_run(tmp_path, script="iql_finetune", seed=seed, scores=(50, 50))
+        make_run(tmp_path, script="jsrl_gated_open", seed=seed, scores=(50, 45 if seed == 1 else 50))
+    rows, _ = run_report(tmp_path, out=tmp_path / "out")
+    assert cells(report.headline_table(rows), "iql_finetune")[4:6] == ["0.0 → 2.0", "-"]
+    assert cells(report.headline_table(rows), "jsrl_gated_open")[4:6] == ["2.5 → 2.0", "20 %"]  # no bound below
+
+
+def test_nothing_is_written_that_would_lose_rows_or_before_the_readme_is_found_fit(tmp_path, capsys):
+    out = tmp_path / "out"
+    for script in ("iql_finetune", "jsrl_gated"):
+        make_run(tmp_path / "runs", script=script)
+    run_report(tmp_path / "runs", out=out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    make_run(tmp_path / "runs", script="jsrl_gated", seed=2)
+    (tmp_path / "README.md").write_text("no markers")
+    with pytest.raises(SystemExit):
+        run_report(tmp_path / "runs", out=out, readme=tmp_path / "README.md")
+    assert "has no lines <!-- out -->" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        report.main(report.Args((tmp_path / "runs", out), out, scripts=("jsrl_gated",)))
+    assert "--scripts would remove the other scripts' runs" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
 def test_readme_is_updated_between_its_markers(tmp_path):

@@ -7,7 +7,8 @@ last function, is the run from top to bottom. Tasks, data, buffer, evaluation an
 four scripts of CleanO2O. Metrics, results and the sources of the hyper-parameters: README.md. Departures from the
 authors' code:
 [D1] The transition that a time-out ends is learned from, if its next observation is known; the authors leave it out of
-     the dataset. Kitchen has Minari's rewards, one for a solved subtask, and returns that end with the episode.
+     the dataset. Returns end with the episode, on locomotion at its time limit too. Kitchen has Minari's rewards, one
+     for a solved subtask.
 [D2] Locomotion and pointmaze have no published setting: both are ours. Adroit is D4RL's, of dense rewards, with CORL's
      setting, whose scores stay at the floor there, but calibrated online too and without its clip of the gap at -200;
      the paper's has binary rewards. Kitchen has 256 hidden units, the authors' 512.
@@ -69,7 +70,7 @@ class Args:
     critic_learning_rate: float = 3e-4  # of Adam, for critics and conservative multiplier
     actor_learning_rate: float = 1e-4  # of Adam, for actor and temperature
     hidden: int = 256  # units in each hidden layer
-    buffer_size: int = 1_000_000  # online transitions kept [D3]
+    buffer_size: int = 1_000_000  # online transitions kept
     eval_every: int = 5_000  # gradient steps (offline), environment steps (online)
     eval_episodes: int = 10  # per evaluation
     offline_checkpoint: str | None = None  # start online from the offline.pt of another run of the same task
@@ -99,9 +100,9 @@ class Args:
     normalize_obs: bool | None = None  # by mean and standard deviation of the dataset
     optimistic: bool | None = None  # values start at the largest return-to-go of the dataset, not at 0
     # Antmaze, kitchen: the authors'. Adroit: CORL's. All but antmaze [D2]. Ours: pointmaze, antmaze's, whose growing
-    # multiplier cost it a third of its success; locomotion, the CQL authors' but for their third hidden layer, their
-    # first 40,000 updates by behaviour cloning and values that start at 0: above antmaze's returns, far below these,
-    # to which they rise for 15,000 updates, and until then calibration would leave the policy free of conservatism.
+    # multiplier cost it a third of its success; locomotion, CQL's without Lagrange multiplier, but calibrated, without
+    # its third hidden layer, its initial behaviour cloning and its start of values at 0: above antmaze's returns, far
+    # below these, to which they rise for 15,000 updates, in which calibration leaves a policy free of conservatism.
     domain_values: ClassVar[dict[str, dict]] = {
         "locomotion": {"max_target_backup": False, "optimistic": True},
         "antmaze": {"critic_layers": 4, "lagrange": True, "reward_scale": 10.0, "reward_bias": -5.0},

@@ -20,9 +20,10 @@ results: README.md. Our choices:
      noise: the guide's episodes, each left out of the fit, are measured by it too, and its error is in both means. Of
      two fits, with and without IQL's V, the one that leaves the guide's own episodes less variance.
 [D5] Bounds: one-sided t interval of the difference of two means, the larger of own and pooled variance on both. Their
-     confidence is that of one look, and there is one after every episode. Where the noise of an episode is four times
-     the tolerance, an explorer no better than its guide opens one gate in three, as no more than ten results of a trial
-     count: older ones are of another explorer.
+     confidence is nominal: of 0.9 an upper bound has 0.92 for three results as noisy as the guide's, 0.85 for some four
+     times as noisy, and the lower of two [D7] 0.87 and 0.82; and there is a look after every episode. Where the noise
+     of an episode is four times the tolerance, an explorer no better than its guide opens one gate in three, as no more
+     than ten results of a trial count: older ones are of another explorer.
 [D6] `level` is confirmed and deployed, but for as long as the mean of all results or of the last four is below the
      guide's, the guide is: the tolerance is for exploring, no loss seen is deployed. Training episodes act at `trial`,
      one step above or the same. A trial is confirmed, after three episodes at least, when its lower bound is above the
@@ -46,7 +47,7 @@ results: README.md. Our choices:
      learns on say little of one moment: hopper's copy of a policy that had returned 3,300 returned 330.
 [D10] Nor do they tell that it is about to collapse: hopper-expert's explorer returned 10 after eight episodes of 100 to
      105. So the explorer acts as it is at the start of the episode, and what is deployed, or copied, is how it acted in
-     the latest episode that returned no less than the guide's mean.
+     the latest episode that returned no less than the guide's mean (a trial's first episode is not looked at).
 """
 
 import contextlib
@@ -122,7 +123,7 @@ class Args:
     temperature: float = 0.02  # alpha of SAC, for rewards of about 1 a step [D2]
     anchor: float = 0.4  # weight of the distance to the guide in SAC's policy loss at level 0, in units of |Q| [D8]
     anchor_open: float = 0.05  # the same at level 1; neither without --warm-start
-    initial_std: float = 0.1  # of the online learner's action before the tanh
+    initial_std: float = 0.1  # of SAC's action, before the tanh
     gate: Literal["confidence", "curriculum", "random", "open", "closed"] = "confidence"  # see Gate.decide
     switch: Literal["horizon", "random"] = "horizon"  # the explorer gets the end of an episode, or segments all over it
     estimator: Literal["advantage", "returns"] = "advantage"  # what the gate compares [D4]

@@ -39,11 +39,14 @@ Our choices, and what each rests on in results/README.md:
      proposed, too, when a single whole episode of its own returned more than the upper quartile of the retained
      policy's, for discounted values see little of where an episode ends. Then a frozen copy of it acts alone in every
      other episode. It replaces the pair once it has three, returned more on average and a one-sided rank test
-     (Mann-Whitney) says that it is better; as soon as it does not return more on average, is in doubt by more than 0.3
-     after three or still in doubt after ten, it is refused. 8 % of equal copies pass. After each is a window of
-     segments before values may propose again. The replaced policy is kept, too: every other episode is one of the new
-     one's, whole, until it has ten, or the test leaves no doubt (0.01), and if the former one's returned more on
-     average, it is retained again.
+     (Mann-Whitney; its normal approximation where returns tie, as successes do) says that it is better; as soon as it
+     does not return more on average, is in doubt by more than 0.3 after three or still in doubt after ten, it is
+     refused. 8 % of equal copies pass. Where an episode can end early, and that is a failure, it also has to return
+     more by what a fall could cost that its n episodes do not show: the retained return above a random policy's over n
+     + 1. An open proposal that has shown less, after three episodes, than the values promise of the learner by then,
+     begins anew with a copy of that. After each is a window of segments before values may propose again. The replaced
+     policy is kept, too: every other episode is one of the new one's, whole, until it has ten, or the test leaves no
+     doubt (0.01), and if the former one's returned more on average, it is retained again.
 [D8] A learner that may rarely act gets few data to correct what it overrates. So its policy loss holds it to the
      retained policy, as TD3+BC (Fujimoto, Gu 2021) does to the data: ever less while it is stable, more while it is
      not. Unless its whole episodes gain [D4], never less than a quarter, nor than twice what it was held by when
@@ -125,7 +128,7 @@ class Args:
     cuda_graph: bool = False  # replay updates as one captured CUDA graph
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # medium: bfloat16 where the processor has it
     temperature: float = 0.02  # alpha of SAC, for rewards of about 1 a step [D2]
-    initial_std: float = 0.1  # of the online learner's action before the tanh
+    initial_std: float = 0.1  # of SAC's action, before the tanh
     hold: float = 0.2  # most weight of the distance to the retained policy in its loss, in units of |Q| [D8]
     evaluator: Literal["frozen-until-stable", "offline", "online"] = "frozen-until-stable"  # whose Q selects [D5]
     selection: Literal["greedy", "softmax"] = "greedy"  # softmax: in training, by chance where the promises are close
@@ -722,7 +725,8 @@ class Evaluator(nn.Module):
         self.proving, self.parting, self.next_proposal = False, False, args.window
         self.alone = -1  # whose the whole episode is, an index of `returns`; -1: no one's
         self.hold, self.least_hold = 1.0, 0.25  # shares of the most that the learner is held by [D8]
-        # Of whole episodes of each of `pairs` alone, of the learner's latest ones and of the latest that were no one's.
+        # Of whole episodes of each of `pairs` alone, of the learner's latest ones and of the latest that were no one's
+        # by plan: there the learner acts alone too where a probe begins with the episode.
         self.returns = [[], [], [], [], []]
         self.records, self.segment, self.values, self.history = [], [], [], []
         self.margins = [math.inf, math.inf]
@@ -911,7 +915,8 @@ class Evaluator(nn.Module):
 
         # Reset [D9]
         if due and not self.proving:
-            reset(learner, buffer.sample(args.batch_size, 0.5))  # what was known of it is forgotten
+            reset(learner, buffer.sample(max(args.batch_size, 2), 0.5))  # what was known of it is forgotten
+            self.alone = -1 if self.alone == 3 else self.alone
             learner.anchor.fill_(self.most_hold)
             self.records, self.values, self.margins = [row for row in self.records if row[-1] < 0], [], [math.inf] * 2
             self.hold, self.least_hold, self.returns[3:], self.estimates[1] = 1.0, 0.25, [[], []], [math.inf, math.inf]
@@ -991,8 +996,10 @@ class Evaluator(nn.Module):
             self.alone = 0
         elif self.stable and np.random.rand() < whole_rate:
             self.alone = 3
-        kinds = {0: "control", 1: "trial", 3: "probe"}
-        self.kind = kinds.get(self.alone, "select" if self.kind == "trial" else self.kind)
+        kinds, otherwise = {0: "control", 1: "trial", 3: "probe"}, self.kind
+        if self.kind == "trial":
+            otherwise = "sample" if self.args.selection == "softmax" else "select"
+        self.kind = kinds.get(self.alone, otherwise)
 
     def replace(self, learner: Explorer, by: int) -> None:
         """The proposed (1) or the former pair (2) is retained from now on; what was measured against the last one is

@@ -671,6 +671,32 @@ def test_a_reset_keeps_the_level_of_values():
         assert slope.tolist() == pytest.approx([0.0, 1.0], abs=1e-2)
 
 
+@pytest.mark.parametrize("over", [False, True])
+def test_what_an_episode_returned_is_not_the_reset_learners(over):
+    """Whether it is reset within its episode or where that ends."""
+    _, learner, evaluator, _ = make(reset_every=50, bound_errors=1e9, probe_rate=1.0, **LIMITS)
+    evaluator.returns[0], evaluator.alone, evaluator.kind = [10.0, 11.0, 12.0], 3, "probe"
+    evaluator.records, evaluator.segments = [row(**CONTROL)] * 4 + [row()] * 4, 8
+    evaluator.values = [1.0] * 5
+    evaluator.judge(learner, BATCHES, 50, over)
+    evaluator.end_episode(learner, 50, 50.0)  # above all of the retained policy's
+    assert evaluator.resets == 1 and evaluator.returns[3:] == [[], [50.0]] and not evaluator.proving
+
+
+def test_a_reset_needs_no_batch_of_many():
+    _, learner, evaluator, _ = make(reset_every=50, batch_size=1)
+    judged(evaluator, learner, [row()] * 8, step=50)
+    assert evaluator.resets == 1 and all(p.isfinite().all() for p in learner.parameters())
+
+
+@pytest.mark.parametrize("selection, kind", [("greedy", "select"), ("softmax", "sample")])
+def test_after_a_trial_actions_are_selected_as_asked(selection, kind):
+    evaluator = make(selection=selection)[2]
+    evaluator.returns[0], evaluator.kind = [1.0] * 3, "trial"
+    evaluator.next_episode()
+    assert evaluator.kind == kind
+
+
 def test_a_reset_waits_until_an_open_proposal_is_decided():
     _, learner, evaluator, _ = make(reset_every=10, bound_errors=1e9, **LIMITS)
     good = [row(**CONTROL)] * 4 + [row(gain=1.0)] * 4

@@ -150,6 +150,7 @@ class Task:
     obs_mean: np.ndarray
     obs_std: np.ndarray
     data: dict[str, np.ndarray]  # obs, action, next_obs, reward, terminated, truncated, return_to_go
+    episodes: int  # of the dataset
 
     def transform_reward(self, reward):
         return self.reward_scale * reward + self.reward_bias
@@ -331,8 +332,11 @@ def load_task(args: Args) -> Task:
         fail(f"{dataset_id}: all returns are {worst:.1f}, no scale for rewards and scores; {cure}")
     scale = args.reward_scale = float(args.reward_scale or 1000 / spread)
     print("  ".join(f"{name} {getattr(args, name)}" for name in resolved))
-    mean, std = (data["obs"].mean(0), data["obs"].std(0) + 1e-3) if args.normalize_obs else (0 * obs, 0 * obs + 1)
-    task = Task(dataset_id, world.spec, domain, ref_min, ref_max, spread, scale, args.reward_bias, mean, std, data)
+    mean, std = 0 * obs, 0 * obs + 1
+    if args.normalize_obs:  # summed in float64: in float32 a million rows cost digits
+        mean, std = data["obs"].mean(0, dtype=np.float64), data["obs"].std(0, dtype=np.float64) + 1e-3
+    numbers = domain, ref_min, ref_max, spread, scale, args.reward_bias
+    task = Task(dataset_id, world.spec, *numbers, mean, std, data, len(first))
     ends = ", ".join(f"{data[key].sum():,} {key}" for key in ("terminated", "truncated"))
     about = f"{n:,} transitions, {len(first):,} episodes ({ends}), return mean {returns.mean():.1f}, min {worst:.1f}"
     print(f"{dataset_id}: {about}, max {best:.1f}, normalised mean {task.score(returns.mean()):.1f}")

@@ -100,6 +100,24 @@ def test_hdf5_without_next_observations_drops_what_cannot_be_known():
     np.testing.assert_allclose(data["return_to_go"], np.array(expected)[kept], rtol=1e-5)
 
 
+@pytest.mark.parametrize("without", [[], ["next_observations"]])
+def test_episodes_are_counted_whose_last_transition_is_not_known_too(without):
+    path = Path(os.environ["D4RL_DATASET_DIR"], "hopper_medium-v2.hdf5")
+    write_hdf5(path, hopper_episodes("timeout", "timeout", "terminal", "nothing"), without)
+    assert iql.load_task(make_args(env_id="hopper-medium", reward_scale=1.0)).episodes == 4
+
+
+def test_a_constant_of_float32_is_normalised_to_nothing():
+    episode = hopper_episodes("timeout", length=1000)[0]
+    episodes = [
+        episode | {key: np.full_like(episode[key], 12.3) for key in ("observations", "next_observations")}
+    ] * 300
+    write_hdf5(Path(os.environ["D4RL_DATASET_DIR"], "hopper_medium-v2.hdf5"), episodes)
+    task = iql.load_task(make_args(env_id="hopper-medium", reward_scale=1.0, normalize_obs=True))
+    np.testing.assert_allclose(task.data["obs"], 0, atol=1e-6)
+    np.testing.assert_allclose(task.obs_std, 1e-3, atol=1e-6)
+
+
 def test_nothing_is_bootstrapped_across_episodes():
     """Whatever is not terminal has the observation of its own episode's next step as its next observation."""
     for without in ([], ["next_observations"]):

@@ -327,7 +327,7 @@ def test_buffer_state_goes_through_a_file(tmp_path):
 
 def toy_task(spec=TOY, domain="locomotion", dim=2):
     mean, std = np.zeros(dim), np.ones(dim)
-    return iql.Task("toy", spec, domain, -10.0, 10.0, 20.0, 1.0, 0.0, mean, std, {})
+    return iql.Task("toy", spec, domain, -10.0, 10.0, 20.0, 1.0, 0.0, mean, std, {}, 1)
 
 
 def test_evaluation_is_seeded_and_touches_no_random_generator():

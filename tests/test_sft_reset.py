@@ -47,7 +47,7 @@ def make(**options):
     agent = Agent(OBS, ACTION, args)
     learner = Explorer(OBS, ACTION, args)
     evaluator = Evaluator(learner, args)
-    task = SimpleNamespace(data=data, domain="locomotion", reward_scale=1.0, ref_min=10.0, ref_max=110.0)
+    task = SimpleNamespace(data=data, domain="locomotion", reward_scale=1.0, ref_min=10.0, ref_max=110.0, episodes=4)
     evaluator.begin(agent, list(data["obs"][:64]), task, 30.0)
     learner.warm_start(agent)
     return agent, learner, evaluator, buffer

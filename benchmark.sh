@@ -91,6 +91,10 @@ left() { # LIST: its lines whose run is not complete
   done <"$1"
 }
 
+end_if_complete() {
+  [[ -n $(left "$RUN_DIR/logs/runs.tsv") ]] || { echo "all $TOTAL runs complete; now: python report.py $RUN_DIR"; exit; }
+}
+
 # shellcheck disable=SC2329  # this and the next are called through xargs, and by SLURM
 run_one() { # LINE: run it to its end under its lock, so that no two processes ever work on one run folder
   local name=${1%%$'\t'*} command=${1#*$'\t'} asked="" warned="" status=0 pid
@@ -224,12 +228,13 @@ flock -n 8 || fail "another benchmark.sh is at work in $RUN_DIR; stop it, wait f
 offline_runs >"$RUN_DIR/logs/offline.tsv"
 online_runs >"$RUN_DIR/logs/online.tsv"
 cat "$RUN_DIR"/logs/{offline,online}.tsv >"$RUN_DIR/logs/runs.tsv"
+TOTAL=$(wc -l <"$RUN_DIR/logs/runs.tsv")
 
 # ---- SLURM: the offline phases as one array, all else as another that waits for it ----
 if [[ -n $SLURM ]]; then
   command -v sbatch >/dev/null || fail "--slurm: no sbatch here"
   JOB=cleano2o:$(realpath "$RUN_DIR")
-  [[ -n $(left "$RUN_DIR/logs/runs.tsv") ]] || { echo "all runs complete; now: python report.py $RUN_DIR"; exit; }
+  end_if_complete
   [[ -z $(squeue --noheader --name "$JOB") ]] || fail "runs of $RUN_DIR are in the queue already (squeue --name $JOB)"
   if ids=$(submit "$RUN_DIR/logs/offline.tsv" "") && ids+=$'\n'$(submit "$RUN_DIR/logs/online.tsv" "${ids##*$'\n'}"); then
     echo "submitted:" "${ids//$'\n'/ }"
@@ -240,7 +245,7 @@ if [[ -n $SLURM ]]; then
 fi
 
 # ---- this machine ----
-TOTAL=$(wc -l <"$RUN_DIR/logs/runs.tsv") BEGAN=$EPOCHSECONDS BENCHMARK_PID=$$
+BEGAN=$EPOCHSECONDS BENCHMARK_PID=$$
 COMPLETE=$((TOTAL - $(left "$RUN_DIR/logs/runs.tsv" | wc -l)))
 export RUN_DIR TOTAL COMPLETE BEGAN BENCHMARK_PID
 export -f run_and_tell run_one left
@@ -248,8 +253,8 @@ echo "$TOTAL runs, $COMPLETE complete, $WORKERS at a time; logs in $RUN_DIR/logs
 run_here "$RUN_DIR/logs/offline.tsv"
 run_here "$RUN_DIR/logs/online.tsv"
 
+end_if_complete
 failed=$(left "$RUN_DIR/logs/runs.tsv")
-[[ -n $failed ]] || { echo "all $TOTAL runs complete; now: python report.py $RUN_DIR"; exit; }
 echo "$(wc -l <<<"$failed") of $TOTAL runs not complete:"
 while IFS=$'\t' read -r name command; do
   echo "  $RUN_DIR/logs/$name.log: $(tail -c 2000 "$RUN_DIR/logs/$name.log" 2>/dev/null | tr '\r' '\n' | grep -av '^$' | tail -n 1)"

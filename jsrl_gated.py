@@ -382,8 +382,8 @@ def load_task(args: Args) -> Task:
     mean, std = 0 * obs, 0 * obs + 1
     if args.normalize_obs:  # summed in float64: in float32 a million rows cost digits
         mean, std = data["obs"].mean(0, dtype=np.float64), data["obs"].std(0, dtype=np.float64) + 1e-3
-    numbers = domain, ref_min, ref_max, spread, scale, args.reward_bias
-    task = Task(dataset_id, world.spec, *numbers, mean, std, data, len(first))
+    of_rewards = ref_min, ref_max, spread, scale, args.reward_bias
+    task = Task(dataset_id, world.spec, domain, *of_rewards, mean, std, data, len(first))
     ends = ", ".join(f"{data[key].sum():,} {key}" for key in ("terminated", "truncated"))
     about = f"{n:,} transitions, {len(first):,} episodes ({ends}), return mean {returns.mean():.1f}, min {worst:.1f}"
     print(f"{dataset_id}: {about}, max {best:.1f}, normalised mean {task.score(returns.mean()):.1f}")

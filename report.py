@@ -106,8 +106,8 @@ def command(args: dict, defaults: dict, script: str) -> str:
     for name, value in args.items():
         if name in ABOUT or value is None or (name in defaults and defaults[name] == value):
             continue
-        flag, domains = name.replace("_", "-"), name in defaults and defaults[name] is None  # those take a word: True
-        switch = isinstance(value, bool) and not domains
+        flag, default = name.replace("_", "-"), defaults.get(name, "unknown")
+        switch = isinstance(value, bool) and default is not None  # the domain's take a word: True
         words += [f"--{flag}" if value else f"--no-{flag}"] if switch else [f"--{flag}", str(value)]
     return shlex.join(words)
 
@@ -119,17 +119,11 @@ def read_runs(folders: tuple[Path, ...]) -> list[dict]:
         try:
             args, defaults, script = read_args(path)
             summary = json.loads((path / "summary.json").read_text()) if (path / "summary.json").exists() else {}
-            args["env_id"], args["exp_name"]
+            row = {key: summary.get(key, args.get(key)) for key in COLUMNS} | {"apart": ""}
+            row |= {"task": args["env_id"], "script": args["exp_name"], "algorithm": script.removesuffix(".py")}
         except (LookupError, SyntaxError, ValueError) as error:
             fail(f"cannot read {path} ({error!r}); delete it, or restore args.json, summary.json and the script in it")
         versions = {name: number.split("+")[0] for name, number in summary.get("versions", {}).items()}
-        row = {key: summary.get(key, args.get(key)) for key in COLUMNS}
-        row |= {
-            "task": args["env_id"],
-            "script": args["exp_name"],
-            "algorithm": script.removesuffix(".py"),
-            "apart": "",
-        }
         row["run"] = f"{row['dataset_id']}/{path.name}"  # the same folder name may be of official data and a stand-in
         row |= {"code": code_of(b"".join(p.read_bytes() for p in path.glob("*.py")))}
         row |= {"versions": " ".join(f"{name} {number}" for name, number in versions.items())}
@@ -159,7 +153,6 @@ def read_report(folder: Path) -> list[dict]:
         rows = list(csv.DictReader(file))
     for row in rows:
         row |= {key: int(row[key]) for key in PROTOCOL} | settings[row["run"]]
-        row["algorithm"] = row["command"].split()[1].removesuffix(".py")
         row["seed"], row["scalars"] = int(row["seed"]), {k: np.array(v) for k, v in curves[row["run"]].items()}
         row["apart"] = row["apart"] if row["apart"].startswith(UNUSABLE) else ""  # the rest is judged anew
     return rows
@@ -223,10 +216,10 @@ def set_apart(rows: list[dict]) -> None:
     ):
         if part:
             check(part, lambda row: {key: row[key] for key in PROTOCOL} | physics(row["versions"]))
-    steps = Counter(row["offline_steps"] for row in fine if row["script"] != "offline" and not row["apart"])
+    usual = next((row["offline_steps"] for row in fine if row["script"] != "offline" and not row["apart"]), None)
     for row in fine:
-        if row["script"] == "offline" and not row["apart"] and steps and row["offline_steps"] not in steps:
-            row["apart"] = f"different settings: offline_steps {row['offline_steps']}, others {next(iter(steps))}"
+        if row["script"] == "offline" and not row["apart"] and usual not in (None, row["offline_steps"]):
+            row["apart"] = f"different settings: offline_steps {row['offline_steps']}, others {usual}"
     # A default of None is the domain's to fill: such a value may differ between tasks, but not within one.
     for same in groups("script"):
         check(same, lambda row: {k: v for k, v in row["settings"].items() if k not in row["domain"]})
@@ -309,10 +302,10 @@ def interval(statistic, samples: list[np.ndarray]) -> tuple[float, float, float]
 
 
 def show(numbers: tuple[float, float, float], digits: int = 1, unit: str = "") -> str:
-    rounded = (round(number, digits) + 0.0 for number in numbers)  # + 0.0: no minus before a zero
-    value, low, high = (f"{number:.{digits}f}" for number in rounded)
     if not np.isfinite(numbers[0]):
         return "-"
+    rounded = (round(number, digits) + 0.0 for number in numbers)  # + 0.0: no minus before a zero
+    value, low, high = (f"{number:.{digits}f}" for number in rounded)
     return f"{value}{unit} [{low}, {high}]" if np.isfinite(numbers[1:]).all() else f"{value}{unit}"
 
 
@@ -415,6 +408,13 @@ def samples_of(rows: list[dict], script: str, metric: str, tasks: list[tuple]) -
     return [select(kept(rows), metric, script=script, task=task, dataset_id=d) for task, d in tasks]
 
 
+def common(rows: list[dict], scripts) -> list[dict]:
+    """The scripts' runs of tasks and seeds that every one of them has."""
+    rows = [row for row in kept(rows) if row["script"] in scripts]
+    times = Counter((row["task"], row["dataset_id"], row["seed"]) for row in rows)
+    return [row for row in rows if times[row["task"], row["dataset_id"], row["seed"]] == len(scripts)]
+
+
 def aggregate_table(rows: list[dict]) -> str:
     """Over the tasks, of the scripts that have most of them and three quarters of the runs that one has of most: on the
     tasks and seeds that all of these have."""
@@ -424,8 +424,7 @@ def aggregate_table(rows: list[dict]) -> str:
     scripts = [script for script in scripts if count[script] == max(count.values())]
     runs = Counter(row["script"] for row in kept(rows) if row["script"] in scripts)
     scripts = [script for script in scripts if runs[script] >= 0.75 * max(runs.values())]
-    times = Counter((r["task"], r["dataset_id"], r["seed"]) for r in kept(rows) if r["script"] in scripts)
-    rows = [row for row in kept(rows) if times[row["task"], row["dataset_id"], row["seed"]] == len(scripts)]
+    rows = common(rows, scripts)
     tasks, body = shared_tasks(rows, scripts), []
     if not tasks:
         return "The scripts have no task and seed in common.\n"
@@ -447,9 +446,7 @@ def headline_table(rows: list[dict]) -> str:
     that gains."""
     body = []
     for names in PAIRS:
-        pair = [row for row in kept(rows) if row["script"] in names]
-        times = Counter((row["task"], row["dataset_id"], row["seed"]) for row in pair)
-        pair = [row for row in pair if times[row["task"], row["dataset_id"], row["seed"]] == 2]
+        pair = common(rows, names)
         tasks = unique(pair, "task", "dataset_id")
         if not tasks:
             continue

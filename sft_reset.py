@@ -397,8 +397,8 @@ def load_task(args: Args) -> Task:
     mean, std = 0 * obs, 0 * obs + 1
     if args.normalize_obs:  # summed in float64: in float32 a million rows cost digits
         mean, std = data["obs"].mean(0, dtype=np.float64), data["obs"].std(0, dtype=np.float64) + 1e-3
-    numbers = domain, ref_min, ref_max, spread, scale, args.reward_bias
-    task = Task(dataset_id, world.spec, *numbers, mean, std, data, len(first))
+    of_rewards = ref_min, ref_max, spread, scale, args.reward_bias
+    task = Task(dataset_id, world.spec, domain, *of_rewards, mean, std, data, len(first))
     ends = ", ".join(f"{data[key].sum():,} {key}" for key in ("terminated", "truncated"))
     about = f"{n:,} transitions, {len(first):,} episodes ({ends}), return mean {returns.mean():.1f}, min {worst:.1f}"
     print(f"{dataset_id}: {about}, max {best:.1f}, normalised mean {task.score(returns.mean()):.1f}")
@@ -759,6 +759,11 @@ class Evaluator(nn.Module):
         """Whose Q selects."""
         return {"offline": 0, "online": 1}.get(self.args.evaluator, int(self.stable))
 
+    @property
+    def selecting(self) -> str:
+        """The kind of a segment whose Q selects the actions."""
+        return "sample" if self.args.selection == "softmax" else "select"
+
     def promises(self, learner: Explorer, obs: Tensor, noise: float) -> Tensor:
         """Both actions in one state, flat. Then the gain of the learner's over the retained one that the more doubtful
         critic of either Q promises, and what either Q expects of its own policy's action: four numbers."""
@@ -920,7 +925,8 @@ class Evaluator(nn.Module):
         # Reset [D9]
         if due and not self.proving:
             reset(learner, buffer.sample(max(args.batch_size, 2), 0.5))  # what was known of it is forgotten
-            self.alone = -1 if self.alone == 3 else self.alone
+            if self.alone == 3:  # nor is its episode the new weights'
+                self.alone = -1
             learner.anchor.fill_(self.most_hold)
             self.records, self.values, self.margins = [row for row in self.records if row[-1] < 0], [], [math.inf] * 2
             self.hold, self.least_hold, self.returns[3:], self.estimates[1] = 1.0, 0.25, [[], []], [math.inf, math.inf]
@@ -928,10 +934,10 @@ class Evaluator(nn.Module):
             self.renewed, self.resets = step, self.resets + 1
         if args.evaluator == "online":
             self.margins[1] = 0.0  # the new Q has its way
-        draw, otherwise = np.random.rand(), "sample" if args.selection == "softmax" else "select"
+        draw = np.random.rand()
         control = self.margins[self.active] < math.inf and draw > 1 - args.control_share
         probe = healthy and (draw < args.probe_rate or (self.kind == "probe" and not over))
-        self.kind = "probe" if probe else "control" if control else otherwise
+        self.kind = "probe" if probe else "control" if control else self.selecting
         if not over and self.alone == 0:
             self.kind = "control"
         elif not over and self.alone == 3 and not probe:
@@ -1000,10 +1006,8 @@ class Evaluator(nn.Module):
             self.alone = 0
         elif self.stable and np.random.rand() < whole_rate:
             self.alone = 3
-        kinds, otherwise = {0: "control", 1: "trial", 3: "probe"}, self.kind
-        if self.kind == "trial":
-            otherwise = "sample" if self.args.selection == "softmax" else "select"
-        self.kind = kinds.get(self.alone, otherwise)
+        kinds = {0: "control", 1: "trial", 3: "probe"}
+        self.kind = kinds.get(self.alone, self.selecting if self.kind == "trial" else self.kind)
 
     def replace(self, learner: Explorer, by: int) -> None:
         """The proposed (1) or the former pair (2) is retained from now on; what was measured against the last one is

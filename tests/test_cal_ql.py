@@ -411,8 +411,7 @@ def test_episodes_enter_the_buffer_when_finished_and_as_many_updates_follow(toy_
         return run_updates(agent, buffer, n, online_share)
 
     monkeypatch.setattr(cal_ql, "run_updates", spy)
-    options = {"n_actions": 2, "online_steps": 120, "mixing_ratio": 0.25, "reward_scale": 1.0}
-    cal_ql.train(cal_ql.Args(**toy_args | options))
+    cal_ql.train(cal_ql.Args(**toy_args | {"n_actions": 2, "online_steps": 120, "mixing_ratio": 0.25}))
     buffer, online = buffers[0], [update for update in updates if update[2] is not None]
     assert all(added == 0 for added, _, share in updates if share is None)  # offline
     assert {share for _, _, share in online} == {0.75} and {n for _, n, _ in online} == {1}

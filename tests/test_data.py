@@ -58,12 +58,18 @@ def write_hdf5(path: Path, episodes: list[dict[str, np.ndarray]], without=()) ->
     return path
 
 
-def local_hopper(*ends: str, without=(), **kwargs):
-    """The task made of a file where D4RL's hopper-medium is looked for; and the file's content."""
-    episodes = hopper_episodes(*ends, **kwargs)
+def hopper_task(episodes: list[dict[str, np.ndarray]], without=(), **kwargs):
+    """The task made of a file where D4RL's hopper-medium is looked for."""
     path = write_hdf5(Path(os.environ["D4RL_DATASET_DIR"], "hopper_medium-v2.hdf5"), episodes, without)
-    task = iql.load_task(make_args(env_id="hopper-medium", reward_scale=1.0))
+    task = iql.load_task(make_args(env_id="hopper-medium", reward_scale=1.0, **kwargs))
     path.unlink()
+    return task
+
+
+def local_hopper(*ends: str, without=(), **kwargs):
+    """The data of such a task, and its file's content."""
+    episodes = hopper_episodes(*ends, **kwargs)
+    task = hopper_task(episodes, without)
     return task.data, {key: np.concatenate([episode[key] for episode in episodes]) for key in episodes[0]}
 
 
@@ -102,9 +108,8 @@ def test_hdf5_without_next_observations_drops_what_cannot_be_known():
 
 @pytest.mark.parametrize("without", [[], ["next_observations"]])
 def test_episodes_are_counted_whose_last_transition_is_not_known_too(without):
-    path = Path(os.environ["D4RL_DATASET_DIR"], "hopper_medium-v2.hdf5")
-    write_hdf5(path, hopper_episodes("timeout", "timeout", "terminal", "nothing"), without)
-    assert iql.load_task(make_args(env_id="hopper-medium", reward_scale=1.0)).episodes == 4
+    episodes = hopper_episodes("timeout", "timeout", "terminal", "nothing")
+    assert hopper_task(episodes, without).episodes == 4
 
 
 def test_a_constant_of_float32_is_normalised_to_nothing():
@@ -112,8 +117,7 @@ def test_a_constant_of_float32_is_normalised_to_nothing():
     episodes = [
         episode | {key: np.full_like(episode[key], 12.3) for key in ("observations", "next_observations")}
     ] * 300
-    write_hdf5(Path(os.environ["D4RL_DATASET_DIR"], "hopper_medium-v2.hdf5"), episodes)
-    task = iql.load_task(make_args(env_id="hopper-medium", reward_scale=1.0, normalize_obs=True))
+    task = hopper_task(episodes, normalize_obs=True)
     np.testing.assert_allclose(task.data["obs"], 0, atol=1e-6)
     np.testing.assert_allclose(task.obs_std, 1e-3, atol=1e-6)
 

@@ -776,7 +776,8 @@ def train(args: Args) -> dict:
     bar = tqdm(range(first, args.online_steps + 1), "online")
     for step in bar:
         if over:
-            (obs, _), episode_return = env.reset(seed=1_000 * args.seed + progress["episode"]), 0.0
+            # the start state of this episode, which no other seed has
+            (obs, _), episode_return = env.reset(seed=args.seed + 2**32 * progress["episode"]), 0.0
         action = agent.act(obs, noise=1.0)
         losses = update() if buffer.added else {}  # launched before the environment steps: a GPU works meanwhile
         next_obs, reward, terminated, truncated, _ = env.step(action)

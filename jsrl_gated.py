@@ -1078,7 +1078,8 @@ def train(args: Args) -> dict:
     bar = tqdm(range(first, args.online_steps + 1), "online")
     for step in bar:
         if over:
-            (obs, _), episode_return = env.reset(seed=1_000 * args.seed + progress["episode"]), 0.0
+            # the start state of this episode, which no other seed has
+            (obs, _), episode_return = env.reset(seed=args.seed + 2**32 * progress["episode"]), 0.0
             level, offset, trail = gate.next_level(), random.random(), []
             lead = proven if gate.candidate else guide
             copy_weights(explorer.actor, acting.actor)

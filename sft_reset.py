@@ -1316,7 +1316,8 @@ def train(args: Args) -> dict:
     bar = tqdm(range(first, args.online_steps + 1), "online")
     for step in bar:
         if over:
-            (obs, _), episode_return = env.reset(seed=1_000 * args.seed + progress["episode"]), 0.0
+            # the start state of this episode, which no other seed has
+            (obs, _), episode_return = env.reset(seed=args.seed + 2**32 * progress["episode"]), 0.0
         actions, gains = evaluator.propose(learner, obs, noise=float(evaluator.kind != "probe"))  # [D1]
         turn, losses = evaluator.turn(gains, evaluator.kind), {}
         updates = args.recovery_ratio if evaluator.recovering else 1

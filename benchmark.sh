@@ -84,6 +84,10 @@ online_runs() {
   done; done; done
 }
 
+each() { # LINE...: one below the other, nothing where there is none
+  (($# == 0)) || printf '%s\n' "$@"
+}
+
 left() { # LIST: its lines whose run is not complete
   local name command
   while IFS=$'\t' read -r name command; do
@@ -204,7 +208,10 @@ for number in $OFFLINE_STEPS $ONLINE_STEPS $WORKERS; do
 done
 
 # ---- the lists ----
-twice=$({ offline_runs; online_runs; } | cut -f 1 | sort | uniq -d | head -n 1)
+mapfile -t offline < <(offline_runs)
+mapfile -t online < <(online_runs)
+runs=("${offline[@]}" "${online[@]}")
+twice=$(each "${runs[@]}" | cut -f 1 | sort | uniq -d | head -n 1)
 [[ -z $twice ]] || fail "two runs would share the folder $twice; give each task, script and seed once"
 while IFS=$'\t' read -r name command; do
   [[ -e $RUN_DIR/$name/summary.json ]] || continue
@@ -217,18 +224,18 @@ while IFS=$'\t' read -r name command; do
       grep -q "\"online_steps\": ${BASH_REMATCH[1]}," "$RUN_DIR/$name/args.json" ||
       fail "$RUN_DIR/$name is complete, but with other numbers of steps (see its args.json); give another --run-dir"
   fi
-done < <(offline_runs; online_runs)
+done < <(each "${runs[@]}")
 if [[ -n $DRY_RUN ]]; then
-  for list in offline_runs online_runs; do left <($list) | cut -f 2-; done
+  left <(each "${runs[@]}") | cut -f 2-
   exit
 fi
 mkdir -p "$RUN_DIR/logs"
 exec 8>"$RUN_DIR/logs/benchmark.lock"
 flock -n 8 || fail "another benchmark.sh is at work in $RUN_DIR; stop it, wait for it, or give another --run-dir"
-offline_runs >"$RUN_DIR/logs/offline.tsv"
-online_runs >"$RUN_DIR/logs/online.tsv"
-cat "$RUN_DIR"/logs/{offline,online}.tsv >"$RUN_DIR/logs/runs.tsv"
-TOTAL=$(wc -l <"$RUN_DIR/logs/runs.tsv")
+each "${offline[@]}" >"$RUN_DIR/logs/offline.tsv"
+each "${online[@]}" >"$RUN_DIR/logs/online.tsv"
+each "${runs[@]}" >"$RUN_DIR/logs/runs.tsv"
+TOTAL=${#runs[@]}
 
 # ---- SLURM: the offline phases as one array, all else as another that waits for it ----
 if [[ -n $SLURM ]]; then

@@ -12,7 +12,8 @@ import torch
 
 import jsrl_gated as jsrl
 
-TASK = SimpleNamespace(domain="locomotion", ref_min=0.0, ref_max=100.0, return_range=40.0, score=lambda r: r)
+SCORED = {"ref_min": 0.0, "ref_max": 100.0, "return_range": 40.0, "score": lambda r: r}
+TASK, FALLS = (SimpleNamespace(domain="locomotion", data={"terminated": np.eye(2)[1] * n}, **SCORED) for n in (0, 1))
 GUIDE = (49, 50, 51, 50, 50)
 
 
@@ -159,6 +160,36 @@ def test_a_copy_is_deployed_but_for_as_long_as_its_own_episodes_return_less():
     assert acted == ["p", "g", "p", "g"]
 
 
+def test_where_episodes_can_end_in_a_fall_a_gain_below_what_few_of_them_hide_is_not_deployed():
+    goal = SimpleNamespace(**vars(FALLS) | {"domain": "antmaze"})
+    assert [make_gate(task).may_fall for task in (TASK, FALLS, goal)] == [False, True, False]
+    gate = make_gate(FALLS)
+    gate.guide = [[[0.0] * 10, [total / 10] * 10] for total in (40.0, 60.0)]
+    assert [gate.hidden_loss(level, n) for level, n in ((1.0, 4), (0.5, 4), (1.0, 0))] == [10, 5, 50]
+    assert make_gate(TASK).may_fall is False and opened().hidden_loss(1.0, 4) == 0
+
+    gate = opened(task=FALLS)  # the guide's mean is 50, results count up to ten: gains of 50 / 11 and more
+    for total, deployed in ((54, 0), (55, 1), (54, 0)):
+        play(gate, [total] * 10)
+        assert gate.level == 1 and gate.deployed == deployed
+    play(gate, [60] * 9 + [49])
+    assert gate.deployed == 1
+    play(gate, [49] * 3)
+    assert gate.deployed == 0, "the latest results are below the guide's"
+
+
+def test_a_copy_becomes_the_guide_where_it_gains_more_than_a_fall_that_its_episodes_hide():
+    for total, promoted, episodes in ((53, -1, 10), (56, 1, 8), (65, 1, 3)):  # 50 / (n + 1) of 56 - 50: n = 8
+        gate = make_gate(FALLS, promote=True)
+        play(gate, [75] * 11)
+        assert gate.candidate
+        ends = []
+        while gate.candidate:
+            ends.append(gate.end(1_000, 0, [0.0] * 10, [total / 10] * 10)["gate/promoted"])
+            assert gate.deployed == float(total - 50 >= 50 / (len(ends) + 1)) or not gate.candidate
+        assert (ends[-1], len(ends)) == (promoted, episodes)
+
+
 def test_an_explorer_is_proven_by_an_episode_that_returns_no_less_than_the_guides_mean():
     gate = opened()  # the guide's mean is 50
     end = lambda level, total, n=10: gate.end(1_000, level, [0.0] * n, [total / n] * n)["gate/proven"]  # noqa: E731
@@ -268,7 +299,7 @@ def test_advantage_cancels_what_the_guide_did_before_the_switch():
 
 def test_goal_tasks_count_the_first_success_once():
     gate = make_gate(
-        SimpleNamespace(domain="antmaze", ref_min=0.0, ref_max=1.0, return_range=1.0, score=lambda r: 100 * r)
+        SimpleNamespace(domain="antmaze", ref_min=0.0, ref_max=1.0, return_range=1.0, score=lambda r: 100 * r, data={})
     )
     gate.end(1, 0.0, [0.0] * 5, [0.0, 0.0, 1.0, 0.0, 1.0])
     assert gate.guide[0][1] == [0, 0, 100, 0, 0]

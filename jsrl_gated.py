@@ -668,7 +668,7 @@ class Gate:
     def __init__(self, args: Args, task: Task):
         self.args, self.task = args, task
         self.tolerance = 100 * args.tolerance * task.return_range / (task.ref_max - task.ref_min)
-        self.may_fall = task.domain not in GOAL_DOMAINS and bool(task.data["terminated"].any())
+        self.may_fall = task.domain not in GOAL_DOMAINS and bool(task.data["terminated"].any())  # [D11]
         self.warm = False  # the guide has acted enough for updates and decisions
         self.level, self.trial = 0.0, 0.0  # what is confirmed, what acts in the next training episode [D6]
         self.losing = False  # the explorer, or its copy, in its latest results, or it may fall [D11]
@@ -689,6 +689,10 @@ class Gate:
         """What of an episode the explorer, or its copy on test, gets where the policy is deployed."""
         return 0.0 if self.losing and self.args.gate == "confidence" else float(self.candidate or self.level)
 
+    @property
+    def guide_score(self) -> float:
+        return self.task.score(0.0) + np.mean([sum(gains) for _, gains in self.guide])
+
     def switch_step(self, level: float) -> int:
         return int((1 - level) * self.length + 1e-6) if self.args.switch == "horizon" else 0
 
@@ -705,8 +709,7 @@ class Gate:
 
     def hidden_loss(self, level: float, episodes: int) -> float:
         """Cost of one fall in `episodes` + 1, if it loses all that the guide returns in the explorer's share [D11]."""
-        guide = self.task.score(0.0) + np.mean([sum(gains) for _, gains in self.guide])
-        return level * max(guide, 0.0) / (episodes + 1) if self.may_fall else 0.0
+        return level * max(self.guide_score, 0.0) / (episodes + 1) if self.may_fall else 0.0
 
     def margin(self) -> float:
         """Loss that refutes: half the tolerance where the explorer is deployed already [D7]."""
@@ -765,8 +768,8 @@ class Gate:
             proven = acted and sample[-1] >= np.mean(guide)  # [D10]
             estimate, upper = recent if latest_upper < -self.margin() else estimate, min(upper, latest_upper)
             estimates = estimate, lower, upper
-            base = self.task.score(0.0) + np.mean([sum(gains) for _, gains in self.guide])
             named = {"estimate": estimate, "lower": lower, "upper": upper, "reference": reference}
+            base = self.guide_score
             log |= {name: base + value for name, value in named.items()}
             log["calibration"] = np.mean(pairs["advantage"][1])
         if self.warm and not self.candidate:
@@ -785,9 +788,8 @@ class Gate:
         tested, guide = ([sum(gains) for _, gains in episodes] for episodes in (self.tested, self.guide))
         lower, upper = bounds(tested, guide, self.args.confidence)[1:] if len(tested) >= 3 else (-math.inf, math.inf)
         gain, recent = np.mean(tested) - np.mean(guide), np.mean(tested[-4:]) - np.mean(guide)
-        certain = bool(gain >= self.hidden_loss(1.0, len(tested)))
-        self.losing = bool(recent < 0) or not certain
-        better = lower > 0 and certain
+        risky = gain < self.hidden_loss(1.0, len(tested))
+        self.losing, better = bool(risky or recent < 0), lower > 0 and not risky
         if better:
             self.guide, self.confirmed = self.tested, [[0.0, 0.0]]
         elif upper >= self.tolerance and len(tested) < 10:

@@ -13,7 +13,7 @@ import torch
 import jsrl_gated as jsrl
 
 SCORED = {"ref_min": 0.0, "ref_max": 100.0, "return_range": 40.0, "score": lambda r: r}
-TASK, FALLS = (SimpleNamespace(domain="locomotion", data={"terminated": np.eye(2)[1] * n}, **SCORED) for n in (0, 1))
+TASK, FALLS = (SimpleNamespace(domain="locomotion", data={"terminated": np.array([0.0, n])}, **SCORED) for n in (0, 1))
 GUIDE = (49, 50, 51, 50, 50)
 
 

@@ -15,7 +15,7 @@ Our choices, and what each rests on in results/README.md:
      learner's actions lead to overrates them, and yet looks calibrated, and a fall may come hundreds of steps after
      what led to it. A probe may begin once TD error and drift are small, and once the new Q is stable others are whole
      episodes: what it does in states that the retained policy has led to says little of what it would do by itself.
-     Selected segments have the learner's noise, which is not deployed.
+     There it acts as it was when the episode began. Selected segments have its noise, which is not deployed.
 [D2] The learner is SAC from the offline policy's mean action, at a fixed small temperature: a learned one ran away.
 [D3] Its critics start as IQL's (LayerNorm critics fitted to IQL's Q on the dataset overrated its actions at once).
      Batches are half dataset, half online. No update before a window of segments.
@@ -34,19 +34,21 @@ Our choices, and what each rests on in results/README.md:
 [D6] A gain obtained is a sum of TD errors of the retained policy's fitted Q. Whatever is wrong with that Q shows in the
      segments of the retained policy alone and is subtracted.
 [D7] Policy evaluation takes the inverse-variance mean of the critic at start states, fitted Q evaluation there, and its
-     correction by gains obtained. A learner is proposed when its Q is stable and either its whole episodes gain [D4] or
-     the lower bound of this mean is above the estimate of the pair so far and nothing says that it lost. It is
-     proposed, too, when a single whole episode of its own returned more than the upper quartile of the retained
-     policy's, for discounted values see little of where an episode ends. Then a frozen copy of it acts alone in every
-     other episode. It replaces the pair once it has three, returned more on average and a one-sided rank test
-     (Mann-Whitney; its normal approximation where returns tie, as successes do) says that it is better; as soon as it
-     does not return more on average, is in doubt by more than 0.3 after three or still in doubt after ten, it is
-     refused. 8 % of equal copies pass. Where an episode can end early, and that is a failure, it also has to return
-     more by what a fall could cost that its n episodes do not show: the retained return above a random policy's over n
-     + 1. An open proposal that has shown less, after three episodes, than the values promise of the learner by then,
-     begins anew with a copy of that. After each is a window of segments before values may propose again. The replaced
-     policy is kept, too: every other episode is one of the new one's, whole, until it has ten, or the test leaves no
-     doubt (0.01), and if the former one's returned more on average, it is retained again.
+     correction by gains obtained. A learner is proposed when its Q is stable, the lower bound of this mean is above the
+     estimate of the pair so far and nothing says that it lost. Discounted values see little of where an episode ends,
+     and a learner may soon lose what it can: so the very weights of its latest whole episode are proposed, too, where
+     that returned more than the upper quartile of the retained policy's, or than their mean while its episodes gain
+     [D4]. Then a frozen copy acts alone in every other episode. It replaces the pair once it has three, returned more
+     on average and a one-sided rank test (Mann-Whitney; its normal approximation where returns tie, as successes do)
+     says that it is better; as soon as it does not return more on average, is in doubt by more than 0.3 after three or
+     still in doubt after ten, it is refused. 8 % of equal copies pass. Where an episode can end early, and that is a
+     failure, it also has to return more by what a fall could cost that its n episodes do not show: the retained return
+     above a random policy's over n + 1; it is refused as soon as it gains less than ten would need. An open proposal
+     gives way to weights whose whole episode returned more than any of its own and of the retained policy's, and, once
+     it has shown less in three than the values promise of the learner by then, to that. After each is a window of
+     segments before values may propose again. The replaced policy is kept, too: every other episode is one of the new
+     one's, whole, until it has ten, or the test leaves no doubt (0.01), and if the former one's returned more on
+     average, it is retained again.
 [D8] A learner that may rarely act gets few data to correct what it overrates. So its policy loss holds it to the
      retained policy, as TD3+BC (Fujimoto, Gu 2021) does to the data: ever less while it is stable, more while it is
      not. Unless its whole episodes gain [D4], never less than a quarter, nor than twice what it was held by when
@@ -712,8 +714,9 @@ class Evaluator(nn.Module):
     def __init__(self, learner: Explorer, args: Args):
         super().__init__()
         self.args = args
-        # Of a learner's form, but no update reaches them: the retained pair, the one proposed, the one replaced last.
-        self.pairs = nn.ModuleList(copy.deepcopy(learner).requires_grad_(False) for _ in range(3))
+        # Of a learner's form, but no update reaches them: the retained pair, the one proposed, the one replaced last,
+        # and the learner as it was when its latest whole episode began.
+        self.pairs = nn.ModuleList(copy.deepcopy(learner).requires_grad_(False) for _ in range(4))
         self.fitted = nn.ModuleList(copy.deepcopy(learner.critic) for _ in range(2))
         self.fitted_targets = copy.deepcopy(self.fitted).requires_grad_(False)
         trained = self.fitted.parameters()
@@ -743,7 +746,7 @@ class Evaluator(nn.Module):
         self.starts.copy_(torch.from_numpy(np.stack(starts)))
         self.horizon, self.score = 1 / (1 - self.args.gamma), float(score)  # effective; of the retained policy
         self.per_return, self.ref_min = 100 / (task.ref_max - task.ref_min), task.ref_min
-        self.next_episode()
+        self.next_episode(self.retained)
         self.scale = float(np.abs(task.data["reward"]).mean()) * self.horizon + 1e-6  # the unit of the limits
         steps = len(task.data["reward"]) / task.episodes
         known = task.domain not in GOAL_DOMAINS  # there a value counts steps, not successes, and to terminate is good
@@ -916,7 +919,7 @@ class Evaluator(nn.Module):
             promising = lower > retained and not lost
             trial = self.score_of(1) - self.score_of(0) if len(self.returns[1]) >= 3 else math.inf
             outgrown = promising and self.per_value * (lower - retained) > trial
-            if outgrown or ((promising or better) and ready and not self.proving):
+            if outgrown or (promising and ready and not self.proving):
                 self.prove(learner)
                 self.parting = due
         else:
@@ -956,10 +959,10 @@ class Evaluator(nn.Module):
         error = math.hypot(*(np.std(returns, ddof=1) / math.sqrt(len(returns)) for returns in (own, latest)))
         return self.score_of(i) - self.score_of(0), float(self.per_return * error)
 
-    def prove(self, learner: Explorer) -> None:
-        """A frozen copy of the learner is proposed: whole episodes prove it [D7]."""
+    def prove(self, proposed: Explorer) -> None:
+        """A frozen copy of the learner, as it is or was, is proposed: whole episodes prove it [D7]."""
         if self.args.evaluator == "frozen-until-stable":
-            copy_weights(learner, self.pairs[1])
+            copy_weights(proposed, self.pairs[1])
             self.proving, self.returns[1] = True, []
 
     def end_episode(self, learner: Explorer, step: int, episode_return: float) -> None:
@@ -975,23 +978,28 @@ class Evaluator(nn.Module):
             if self.score_of(0) < self.score_of(2):
                 self.replace(learner, by=2)
             self.score, self.returns[2] = self.score_of(0), []
-        old = self.returns[0]
-        if self.alone == 3 and old and not self.proving and episode_return > np.quantile(old, 0.75):
-            self.prove(learner)
+        old, new = self.returns[:2]
+        if self.alone == 3 and old:
+            gain, error = self.score_gain(3)
+            usual = np.mean(old) if gain > error else np.quantile(old, 0.75)
+            if episode_return > (max(old + new) if self.proving else usual):
+                self.prove(self.pairs[3])
+                new = []
         if new:
             gain = float(np.mean(new) - np.mean(old))
             p_value = rank_test(new, old).pvalue if len(new) >= 3 else 0.0
-            risk = max(float(np.mean(old)) - self.ref_min, 0.0) / (len(new) + 1) if self.may_fall else 0.0
-            better = len(new) >= 3 and gain > risk and bool(p_value <= 1 - self.args.replace_confidence)
-            if better or gain <= 0 or p_value > 0.3 or len(new) == 10:
+            fall = max(float(np.mean(old)) - self.ref_min, 0.0) if self.may_fall else 0.0
+            better = len(new) >= 3 and gain > fall / (len(new) + 1)
+            better = better and bool(p_value <= 1 - self.args.replace_confidence)
+            if better or gain <= fall / 11 or p_value > 0.3 or len(new) == 10:
                 self.next_proposal = self.segments + self.args.window
                 if better:
                     self.replace(learner, by=1)
                     self.renewed, self.parting = step, False
                 self.proving, self.returns[1] = False, []
-        self.next_episode()
+        self.next_episode(learner)
 
-    def next_episode(self) -> None:
+    def next_episode(self, learner: Explorer) -> None:
         """Whether it is wholly one policy's: the retained one's three times at first, and every other time after a
         replacement, until that is settled; while a learner is proving, its copy's every other time, and the retained
         one's between until five are known of it; else, once its Q is stable, the learner's own now and then, and twice
@@ -1006,6 +1014,8 @@ class Evaluator(nn.Module):
             self.alone = 0
         elif self.stable and np.random.rand() < whole_rate:
             self.alone = 3
+        if self.alone == 3:
+            copy_weights(learner, self.pairs[3])
         kinds = {0: "control", 1: "trial", 3: "probe"}
         self.kind = kinds.get(self.alone, self.selecting if self.kind == "trial" else self.kind)
 
@@ -1323,7 +1333,7 @@ def train(args: Args) -> dict:
         updates = args.recovery_ratio if evaluator.recovering else 1
         for _ in range(updates if evaluator.segments >= args.window else 0):
             losses = update()  # launched before the environment steps: a GPU works meanwhile
-        action = evaluator.pairs[1].act(obs) if evaluator.kind == "trial" else actions[turn]  # [D7]
+        action = evaluator.pairs[evaluator.alone].act(obs) if evaluator.alone in (1, 3) else actions[turn]  # [D7]
         next_obs, reward, terminated, truncated, _ = env.step(action)
         row = (obs, action, next_obs, task.transform_reward(reward), terminated)
         buffer.add(*row)

@@ -978,20 +978,20 @@ class Evaluator(nn.Module):
             if self.score_of(0) < self.score_of(2):
                 self.replace(learner, by=2)
             self.score, self.returns[2] = self.score_of(0), []
-        old, new = self.returns[:2]
+        old = self.returns[0]
         if self.alone == 3 and old:
-            gain, error = self.score_gain(3)
-            usual = np.mean(old) if gain > error else np.quantile(old, 0.75)
+            score_gain, error = self.score_gain(3)
+            usual = np.mean(old) if score_gain > error else np.quantile(old, 0.75)
             if episode_return > (max(old + new) if self.proving else usual):
                 self.prove(self.pairs[3])
-                new = []
+        new = self.returns[1]
         if new:
             gain = float(np.mean(new) - np.mean(old))
             p_value = rank_test(new, old).pvalue if len(new) >= 3 else 0.0
             fall = max(float(np.mean(old)) - self.ref_min, 0.0) if self.may_fall else 0.0
-            better = len(new) >= 3 and gain > fall / (len(new) + 1)
-            better = better and bool(p_value <= 1 - self.args.replace_confidence)
-            if better or gain <= fall / 11 or p_value > 0.3 or len(new) == 10:
+            sure = bool(p_value <= 1 - self.args.replace_confidence)
+            better = len(new) >= 3 and gain > fall / (len(new) + 1) and sure
+            if better or gain <= fall / (10 + 1) or p_value > 0.3 or len(new) == 10:
                 self.next_proposal = self.segments + self.args.window
                 if better:
                     self.replace(learner, by=1)
@@ -1014,7 +1014,6 @@ class Evaluator(nn.Module):
             self.alone = 0
         elif self.stable and np.random.rand() < whole_rate:
             self.alone = 3
-        if self.alone == 3:
             copy_weights(learner, self.pairs[3])
         kinds = {0: "control", 1: "trial", 3: "probe"}
         self.kind = kinds.get(self.alone, self.selecting if self.kind == "trial" else self.kind)
@@ -1333,7 +1332,7 @@ def train(args: Args) -> dict:
         updates = args.recovery_ratio if evaluator.recovering else 1
         for _ in range(updates if evaluator.segments >= args.window else 0):
             losses = update()  # launched before the environment steps: a GPU works meanwhile
-        action = evaluator.pairs[evaluator.alone].act(obs) if evaluator.alone in (1, 3) else actions[turn]  # [D7]
+        action = evaluator.pairs[evaluator.alone].act(obs) if evaluator.alone in (1, 3) else actions[turn]  # [D1] [D7]
         next_obs, reward, terminated, truncated, _ = env.step(action)
         row = (obs, action, next_obs, task.transform_reward(reward), terminated)
         buffer.add(*row)

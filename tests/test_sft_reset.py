@@ -430,6 +430,7 @@ def test_the_weights_of_a_whole_episode_that_returned_more_than_most_are_propose
         _, learner, evaluator, _ = make(evaluator=option, window=6)
         evaluator.returns[0] = [40.0, 50.0, 55.0, 65.0] if option == "frozen-until-stable" else []
         evaluator.returns[3], evaluator.stable, evaluator.args.whole_rate = list(latest), True, 1.0
+        learner.actor.net[-1].bias.data += 1.0
         before = learner.actor.net[-1].bias.clone()
         evaluator.next_episode(learner)
         assert evaluator.alone == 3
@@ -438,8 +439,8 @@ def test_the_weights_of_a_whole_episode_that_returned_more_than_most_are_propose
         end_episode(evaluator, learner, episode_return)
         expected = proposed and (option, alone) == ("frozen-until-stable", 3)
         assert evaluator.proving == expected == (evaluator.kind == "trial")
-        if expected:
-            assert torch.equal(evaluator.pairs[1].actor.net[-1].bias, before), "not what it has become since"
+        copied = torch.equal(evaluator.pairs[1].actor.net[-1].bias, before)
+        assert copied == expected, "as it was when the episode began, not what it has become since"
 
 
 @pytest.mark.parametrize(

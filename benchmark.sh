@@ -26,6 +26,7 @@ declare -A FLAGS=( # variant -> flags beside its script's defaults; script:word 
   [sft_reset]="" [sft_reset:online]="--evaluator online" [sft_reset:offline]="--evaluator offline"
   [sft_reset:noreset]="--reset-every 0" [sft_reset:forget]="--reset-share 1"
   [cal_ql]="" [cal_ql:no_calibrate]="--no-calibrate"
+  [cal_ql:small]="--hidden 64 --batch-size 128 --n-actions 4" # some 70 times less arithmetic
 )
 
 preset() {
@@ -34,7 +35,7 @@ preset() {
     quick)
       SCRIPTS="cal_ql jsrl_gated sft_reset iql_finetune jsrl_gated:open" OFFLINE_STEPS=50000 ONLINE_STEPS=25000 ;;
     readme)
-      SCRIPTS="cal_ql jsrl_gated sft_reset iql_finetune jsrl_gated:open sft_reset:online sft_reset:noreset"
+      SCRIPTS="cal_ql cal_ql:small jsrl_gated sft_reset iql_finetune jsrl_gated:open sft_reset:online sft_reset:noreset"
       OFFLINE_STEPS=50000 ONLINE_STEPS=50000 EXTRA=(--dataset stand-in) ;;
     full)
       TASKS=$(echo {hopper,walker2d,halfcheetah}-medium{,-replay,-expert} antmaze-umaze{,-diverse} \

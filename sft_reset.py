@@ -9,7 +9,7 @@ evaluate policies comprehensively, reset parameters periodically. The rest is ou
 `Explorer` the online one (SAC), `Evaluator` decides who acts, and `train`, the last function, is the run from top to
 bottom. Metrics: README.md.
 
-Our choices, and what each rests on in results/README.md:
+Our choices, and what some of them rest on in results/README.md:
 [D1] Online time is cut into short segments. In some the evaluator selects, action by action; in probes the learner acts
      alone and without noise, as it would be deployed, to the end of its episode: a Q that has not seen what the
      learner's actions lead to overrates them, and yet looks calibrated, and a fall may come hundreds of steps after

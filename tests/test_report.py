@@ -140,7 +140,7 @@ def test_runs_of_more_than_one_version_of_a_script_are_marked(tmp_path):
     assert cells(report.main_table(rows, []), "iql_finetune")[2] == "2", "nothing that it does has changed"
     script.write_text(text + "changed = True\n")
     rows, text = run_report(tmp_path / "runs", out=tmp_path / "two")
-    assert cells(report.main_table(rows, []), "iql_finetune")[2] == "2†" and "†: with more than one\nversion" in text
+    assert cells(report.main_table(rows, []), "iql_finetune")[2] == "2†" and "†: with more than one version" in text
 
 
 @pytest.mark.parametrize("other", [{"versions": VERSIONS | {"torch": "2.11.0"}}, {"summary": {"device": "cuda"}}])
@@ -153,7 +153,7 @@ def test_runs_with_other_versions_of_torch_or_on_another_device_are_marked(tmp_p
 
 
 def test_headline(tmp_path):
-    """Drops of 1 and 3 against 8 and 8: 75 % less. Gains at 10,000 twice against 10,000 and never (20,000): 1.5x."""
+    """Drops of 1 and 3 against 8 and 8: 75 % less. Gains at 10,000 twice, at 10,000 and never (20,000): over 1.5x."""
     for seed, drop in ((1, 1), (2, 3)):
         make_run(tmp_path / "runs", script="jsrl_gated", seed=seed, scores=(50, 50 - drop, 61, 61, 61))
     make_run(tmp_path / "runs", seed=1, scores=(50, 42, 61, 61, 61))
@@ -163,7 +163,22 @@ def test_headline(tmp_path):
     _, text = run_report(tmp_path / "runs", out=tmp_path / "out")
     line = cells(text, "jsrl_gated", "iql_finetune")
     assert line[2:6] == ["1", "2", "8.0 → 2.0", "75 % [62, 88]"]
-    assert line[6:] == ["1.50x [1.00, 2.00], 1 task", "0.75 [0.50, 1.00]", "1.00 [1.00, 1.00]"]
+    assert line[6:] == ["at least 1.50x [1.00, 2.00], 1 task", "0.75 [0.50, 1.00]", "1.00 [1.00, 1.00]"]
+
+
+@pytest.mark.parametrize(
+    "mine, other, ratio",
+    [
+        ((50, 61, 61, 61, 61), (50, 50, 50, 61, 61), "at least 4.00x"),  # from 5,000 on; never has 20,000
+        ((50, 50, 50, 61, 61), (50, 61, 61, 61, 61), "at most 0.25x"),
+        ((50, 50, 61, 61, 61), (50, 61, 61, 61, 61), "0.50x"),
+    ],
+)
+def test_headline_says_where_a_ratio_is_a_bound(tmp_path, mine, other, ratio):
+    for script, scores in (("jsrl_gated", mine), ("iql_finetune", other)):
+        make_run(tmp_path / "runs", script=script, scores=scores)
+    _, text = run_report(tmp_path / "runs", out=tmp_path / "out")
+    assert cells(text, "jsrl_gated", "iql_finetune")[6] == f"{ratio}, 1 task"
 
 
 def test_headline_marks_scripts_of_more_than_one_version(tmp_path):

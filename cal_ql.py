@@ -13,6 +13,8 @@ authors' code:
      setting, whose scores stay at the floor there, but calibrated online too and without its clip of the gap at -200;
      the paper's has binary rewards. Kitchen has 256 hidden units, the authors' 512.
 [D3] An online episode that the end of the run cuts short is not learned from; the authors run past that end.
+[D4] Not by default: `--gap-every 4` takes the gap over every fourth state of a batch, as its 30 actions a state are
+     most of the arithmetic. Its expectation is the same, and an update three times as fast on a CPU.
 """
 
 import contextlib
@@ -85,6 +87,7 @@ class Args:
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # medium: bfloat16 where the processor has it
     calibrate: bool = True  # Cal-QL; CQL without it
     n_actions: int = 10  # drawn in a state from each of the uniform distribution, pi(s) and pi(s')
+    gap_every: int = 1  # the gap is taken over every so many of the batch's states [D4]
     target_gap: float = 0.8  # tau in CQL App. F, where lagrange is on
     gap_min: float = -math.inf  # a state's gap counts as no less; CORL: -200
     # None below: the value of the task's domain.
@@ -533,11 +536,12 @@ class Agent(nn.Module):
         sum of both critics'. Detached, to be logged: both mean gaps, the temperature, the policy's entropy, the mean Q
         of the data's actions and the share of the policy's that the returns bound."""
         args, obs, next_obs, k = self.args, batch["obs"], batch["next_obs"], self.args.n_actions
+        some = slice(None, None, args.gap_every)  # the gap's states; not the first, which are a batch's online ones
         mean, log_std = self.actor(obs)  # once a state, however many actions are drawn there
         with torch.no_grad():
             next_mean, next_log_std = self.actor(next_obs)
-            policy_action, policy_log_prob = squash(mean, log_std, noise["policy"])
-            next_action, next_log_prob = squash(next_mean, next_log_std, noise["next_policy"])
+            policy_action, policy_log_prob = squash(mean[some], log_std[some], noise["policy"][some])
+            next_action, next_log_prob = squash(next_mean[some], next_log_std[some], noise["next_policy"][some])
             uniform_log_prob = torch.full_like(policy_log_prob, -self.action_dim * math.log(2))
 
             # Backup: the smaller Q of an action of pi(s'), or of the best of k of them; no entropy in it (CQL App. F)
@@ -545,14 +549,16 @@ class Agent(nn.Module):
             target_q = self.target_critic(next_obs, backup_action).amin(0).amax(1)
             backup = batch["reward"] + args.gamma * (1 - batch["terminated"]) * target_q
 
-        # Q of the data's, k random, k pi(s) and k pi(s') actions, all at s: one call
-        actions = torch.cat([batch["action"].unsqueeze(1), noise["random"], policy_action, next_action], 1)
-        data_q, random_q, policy_q = self.critic(obs, actions).split([1, k, 2 * k], -1)  # (2, n, ...)
-        bellman_loss = (data_q.squeeze(-1) - backup).square().mean(1)
+        data_q = self.critic(obs, batch["action"].unsqueeze(1)).squeeze(-1)  # (2, n)
+        bellman_loss = (data_q - backup).square().mean(1)
+
+        # Q of k random, k pi(s) and k pi(s') actions, all at s: one call
+        actions = torch.cat([noise["random"][some], policy_action, next_action], 1)
+        random_q, policy_q = self.critic(obs[some], actions).split([k, 2 * k], -1)  # (2, n / gap_every, ...)
 
         # Gap: log-sum-exp of Q over actions (CQL Eq. 4, importance-sampled as in its App. F) above Q of the data's one.
         # An action of the policy whose value is below the return really had from s is not pushed down (Eq. 5.1)
-        return_to_go = batch["return_to_go"].view(-1, 1)
+        return_to_go = batch["return_to_go"][some].view(-1, 1)
         bound_rate = (policy_q < return_to_go).to(policy_q).mean()
         if args.calibrate:
             policy_q = torch.maximum(policy_q, return_to_go)
@@ -560,8 +566,8 @@ class Agent(nn.Module):
             log_density = torch.cat([uniform_log_prob, policy_log_prob, next_log_prob], 1)
             soft_q = (torch.cat([random_q, policy_q], -1) - log_density).logsumexp(-1)
         else:
-            soft_q = torch.cat([data_q, random_q, policy_q], -1).logsumexp(-1)
-        gap = (soft_q - data_q.squeeze(-1)).clamp(min=args.gap_min).mean(1)
+            soft_q = torch.cat([data_q[:, some].unsqueeze(-1), random_q, policy_q], -1).logsumexp(-1)
+        gap = (soft_q - data_q[:, some]).clamp(min=args.gap_min).mean(1)
 
         # Critics: both terms, each its own. Their multiplier grows while the mean gap is above its target (CQL App. F)
         if args.lagrange:
@@ -679,7 +685,7 @@ class Run:
 
     def __init__(self, args: Args):
         counts = "offline_steps online_steps eval_every eval_episodes save_every utd_ratio batch_size buffer_size"
-        counts += " hidden segment_steps recovery_ratio n_actions critic_layers actor_layers"
+        counts += " hidden segment_steps recovery_ratio n_actions gap_every critic_layers actor_layers"
         shares = "tau dropout expectile online_share mixing_ratio replace_confidence reset_share probe_rate"
         shares += " control_share whole_rate"
         amounts = "warmup_steps temperature anchor anchor_open tolerance hold reset_every beta conservative_weight"

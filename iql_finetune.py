@@ -591,7 +591,7 @@ class Run:
 
     def __init__(self, args: Args):
         counts = "offline_steps online_steps eval_every eval_episodes save_every utd_ratio batch_size buffer_size"
-        counts += " hidden segment_steps recovery_ratio n_actions critic_layers actor_layers"
+        counts += " hidden segment_steps recovery_ratio n_actions gap_every critic_layers actor_layers"
         shares = "tau dropout expectile online_share mixing_ratio replace_confidence reset_share probe_rate"
         shares += " control_share whole_rate"
         amounts = "warmup_steps temperature anchor anchor_open tolerance hold reset_every beta conservative_weight"

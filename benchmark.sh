@@ -2,7 +2,7 @@
 # Tasks x scripts x seeds, side by side on this machine or as SLURM job arrays; then: python report.py RUN_DIR
 #
 #   ./benchmark.sh                      preset quick: 50k + 25k steps into runs/quick, 35 core-hours: a night on 4 cores
-#   ./benchmark.sh --preset readme      the runs of the README's main table, three seeds of each, 55 core-hours
+#   ./benchmark.sh --preset readme      the runs of the README's main table, three seeds of each, 30 core-hours
 #   ./benchmark.sh --preset full        1M + 1M steps, 5 seeds, every task family, every variant (a cluster's work)
 #   ./benchmark.sh --tasks "hopper-medium" --scripts "jsrl_gated jsrl_gated:open" --seeds "1 2" --online-steps 20000
 #   ./benchmark.sh --dry-run            print what is left to run, one command a line
@@ -26,7 +26,7 @@ declare -A FLAGS=( # variant -> flags beside its script's defaults; script:word 
   [sft_reset]="" [sft_reset:online]="--evaluator online" [sft_reset:offline]="--evaluator offline"
   [sft_reset:noreset]="--reset-every 0" [sft_reset:forget]="--reset-share 1"
   [cal_ql]="" [cal_ql:no_calibrate]="--no-calibrate"
-  [cal_ql:small]="--hidden 64 --batch-size 128 --n-actions 4" # some 70 times less arithmetic
+  [cal_ql:fast]="--gap-every 4"
 )
 
 preset() {
@@ -35,7 +35,7 @@ preset() {
     quick)
       SCRIPTS="cal_ql jsrl_gated sft_reset iql_finetune jsrl_gated:open" OFFLINE_STEPS=50000 ONLINE_STEPS=25000 ;;
     readme)
-      SCRIPTS="cal_ql cal_ql:small jsrl_gated sft_reset iql_finetune jsrl_gated:open sft_reset:online sft_reset:noreset"
+      SCRIPTS="cal_ql:fast jsrl_gated sft_reset iql_finetune jsrl_gated:open sft_reset:online sft_reset:noreset"
       OFFLINE_STEPS=50000 ONLINE_STEPS=50000 EXTRA=(--dataset stand-in) ;;
     full)
       TASKS=$(echo {hopper,walker2d,halfcheetah}-medium{,-replay,-expert} antmaze-umaze{,-diverse} \

@@ -42,7 +42,7 @@ INDIFFERENT = ABOUT + (INDIFFERENT + "wandb_project_name wandb_entity capture_vi
 UNUSABLE = ("incomplete", "its learning curve and its summary.json disagree", "superseded")
 PAIRS = [(script, other) for script in ("jsrl_gated", "sft_reset") for other in ("jsrl_gated_open", "iql_finetune")]
 PAIRS += [("jsrl_gated", "jsrl_gated_no_gate"), ("sft_reset", "sft_reset_online"), ("sft_reset", "sft_reset_noreset")]
-ORDER = ["jsrl_gated", "sft_reset", "cal_ql", "cal_ql_small", "iql_finetune", "jsrl_gated_open"]  # of rows; then others
+ORDER = ["jsrl_gated", "sft_reset", "cal_ql", "cal_ql_fast", "iql_finetune", "jsrl_gated_open"]  # of rows; then others
 COLORS = dict(zip(ORDER, ("#0072B2", "#D55E00", "#009E73", "#8FD0B5", "#333333", "#56B4E9"), strict=True))
 MORE_COLORS = ("#CC79A7", "#E69F00", "#8B5A2B", "#7F3FBF", "#B0A000", "#888888")
 # Of IQL, which the scripts of a pair start from: a comparison is of runs that have the same.

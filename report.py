@@ -471,15 +471,17 @@ def headline_table(rows: list[dict]) -> str:
 
 
 def offline_table(rows: list[dict], reported: list[dict]) -> str:
-    """Scores after the offline phase beside published ones; IQL is the same phase in three of the scripts."""
+    """Scores after the offline phase beside published ones; IQL is the same phase in three of the scripts, each variant
+    of cal_ql.py has its own."""
     fine, body = [row for row in rows if not row["apart"]], []
+    own = sorted({row["script"] for row in fine if row["algorithm"] == "cal_ql"})
     for task, dataset_id in unique(fine, "task", "dataset_id"):
         here = [row for row in fine if (row["task"], row["dataset_id"]) == (task, dataset_id)]
         cells = [label(task, dataset_id), f"{int(float(here[0]['offline_steps'])):,}"]
         iql = [row for row in here if row["algorithm"] != "cal_ql"]
         # Of a seed the run that trained the phase, if it is here; a variant only where no run has its script's own name
         iql.sort(key=lambda row: (row["script"] == "offline", row["script"] == row["algorithm"]))
-        for mine in (iql, [row for row in here if row["script"] == "cal_ql"]):
+        for mine in (iql, *([row for row in here if row["script"] == script] for script in own)):
             seeds = {row["seed"]: row["offline_score"] for row in mine}
             cells.append(f"{show(interval(mean, [np.array(list(seeds.values()))]))} ({len(seeds)})" if seeds else "-")
         for algorithm in ("IQL", "CQL"):
@@ -487,7 +489,8 @@ def offline_table(rows: list[dict], reported: list[dict]) -> str:
             notes = [f"{r['score']} {r['source'].split(',')[0]}" + "‡" * (r["trust"] == "recall") for r in found]
             cells.append("; ".join(notes) or "-")
         body.append(cells)
-    return table(["task", "offline steps", "IQL (seeds)", "Cal-QL (seeds)", "reported IQL", "reported CQL"], body)
+    head = ["task", "offline steps", *(f"{name} (seeds)" for name in ("IQL", *own)), "reported IQL", "reported CQL"]
+    return table(head, body)
 
 
 def reported_table(rows: list[dict], reported: list[dict]) -> str:

@@ -324,7 +324,9 @@ def test_offline_table_goes_by_script_and_settings_not_by_name(tmp_path):
     make_run(tmp_path, script="iql_finetune_other", scores=(10.0, 10.0), expectile=0.5)
     make_run(tmp_path, script="offline", scores=(90.0, 90.0), offline_steps=200_000)
     rows, text = run_report(tmp_path, out=tmp_path / "out")
-    assert cells(report.offline_table(rows, []), "hopper-medium (STAND-IN)")[1:4] == ["100,000", "50.0 (1)", "-"]
+    found = report.offline_table(rows, [])
+    assert cells(found, "task")[2:4] == ["IQL (seeds)", "cal_ql_renamed (seeds)"]
+    assert cells(found, "hopper-medium (STAND-IN)")[1:4] == ["100,000", "50.0 (1)", "1.0 (1)"]
     assert "offline_steps 200000, others 100000" in text
 
 

@@ -71,7 +71,7 @@ line() { # TASK EXP_NAME SEED SCRIPT [FLAG]...: what a list holds of one run, it
 offline_runs() { # two online steps, because a run must have some; they do not touch offline.pt
   local task seed
   [[ " $SCRIPTS " =~ \ (iql_finetune|jsrl_gated|sft_reset) ]] || return 0
-  for task in $TASKS; do for seed in $SEEDS; do line "$task" offline "$seed" iql_finetune --online-steps 2; done; done
+  for seed in $SEEDS; do for task in $TASKS; do line "$task" offline "$seed" iql_finetune --online-steps 2; done; done
 }
 
 online_runs() {

@@ -26,12 +26,13 @@ results: README.md. Our choices:
      than ten results of a trial count: older ones are of another explorer.
 [D6] `level` is confirmed and deployed, but for as long as the mean of all results or of the last four is below the
      guide's, the guide is: the tolerance is for exploring, no loss seen is deployed. Training episodes act at `trial`,
-     one step above or the same. A trial is confirmed, after three episodes at least, when its lower bound is above the
-     reference less the tolerance; the reference is the best lower bound so far up to that level, or the guide. It rises
-     with every level that opens; bounds from higher levels do not count below them, for one lucky sample would keep
-     every later trial shut. The next step is then twice as large. It is refuted when its upper bound is below the guide
-     less the tolerance: the next one is smaller, and waits longer each time. The tolerance is a share of the dataset's
-     range of returns: noisy tasks have a wide one. Trials act with the explorer's noise, which is not deployed.
+     one step above or the same; those after a trial with more results than the guide has are the guide's own. A trial
+     is confirmed, after three episodes at least, when its lower bound is above the reference less the tolerance; the
+     reference is the best lower bound so far up to that level, or the guide. It rises with every level that opens;
+     bounds from higher levels do not count below them, for one lucky sample would keep every later trial shut. The next
+     step is then twice as large. It is refuted when its upper bound is below the guide less the tolerance: the next one
+     is smaller, and waits longer each time. The tolerance is a share of the dataset's range of returns: noisy tasks
+     have a wide one. Trials act with the explorer's noise, which is not deployed.
 [D7] The upper bound is the lower one of two: that of the last ten episodes, for a lasting loss amid noise, and that of
      the last four, for a collapse. `level` closes by the same test at half the tolerance: to where the loss, were it in
      proportion to the level, is tolerated. It is compared with the guide, not with the best so far: closing only leads
@@ -41,10 +42,11 @@ results: README.md. Our choices:
      with the mean of level and trial, half of the way in 1,000 steps. Where the gate is open a little of it stays:
      without (`--gate open --anchor-open 0`, plain fine-tuning) hopper's learner falls for good.
 [D9] SAC may lose what it has gained. So an explorer at level 1 whose lower bound, of all results or of the last four,
-     is above its guide by more than the tolerance is copied (--promote), after an episode no worse than its mean. The
-     frozen copy acts alone in training episodes, and is deployed as its explorer was, until the bounds of its own
-     returns decide: it becomes the guide, or is dropped. Either way trials go on at level 1. Bounds of a policy that
-     learns on say little of one moment: hopper's copy of a policy that had returned 3,300 returned 330.
+     is above its guide by more than the tolerance is copied (--promote), after five results there and an episode no
+     worse than either's mean. The frozen copy acts alone in training episodes, and is deployed as its explorer was,
+     until the bounds of its own returns decide: it becomes the guide, or is dropped. Either way trials go on at level
+     1. Bounds of a policy that learns on say little of one moment: hopper's copy of a policy that had returned 3,300
+     returned 330.
 [D10] Nor do they tell that it is about to collapse: hopper-expert's explorer returned 10 after eight episodes of 100 to
      105. So the explorer acts as it is at the start of the episode, and what is deployed, or copied, is how it acted in
      the latest episode that returned no less than the guide's mean (a trial's first episode is not looked at).
@@ -61,6 +63,7 @@ import json
 import math
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -167,6 +170,8 @@ ENVS = {  # D4RL's environments: domain, return of a random and of an expert pol
 }
 TASKS = {f"{env}-{kind}": row[3].format(kind) for env, row in ENVS.items() for kind in row[4].split()}
 GOAL_DOMAINS = ("antmaze", "pointmaze")  # the return of an episode is its success, 0 or 1
+# Steps of the episodes that D4RL's reference scores are of; environments that Minari's datasets name have up to 625
+HORIZONS = {"pen": 100, "hammer": 200, "door": 200, "relocate": 200, "kitchen": 280}
 HDF5_ENVS = {"halfcheetah": "HalfCheetah-v4", "hopper": "Hopper-v4", "walker2d": "Walker2d-v4"}  # recorded in gym's -v2
 HDF5_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2/"
 
@@ -178,11 +183,25 @@ def fail(message: str) -> NoReturn:
 
 
 class EndAtGoal(gym.Wrapper):
-    """Reaching the goal terminates the episode, as in D4RL's antmaze; Minari's mazes may go on."""
+    """Reaching the goal terminates the episode, as in D4RL's antmaze, and is its return; Minari's mazes may go on."""
 
     def step(self, action):
         obs, reward, terminated, truncated, info = self.env.step(action)
-        return obs, reward, terminated or bool(info["success"]), truncated, info
+        return obs, reward, terminated or bool(info["success"]), truncated, info | {"gain": float(info["success"])}
+
+
+class CountSubtasks(gym.Wrapper):
+    """The return is the number of subtasks solved in the episode, as in D4RL's kitchen. Its dataset and Minari's, data
+    and environment, reward in every step all that are solved at that time: these rewards are learned from."""
+
+    def step(self, action):
+        before = len(self.unwrapped.episode_task_completions)
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        gain = float(len(info["episode_task_completions"]) - before)
+        return obs, reward, terminated, truncated, info | {"gain": gain}
+
+
+WRAPPERS = dict.fromkeys(GOAL_DOMAINS, EndAtGoal) | {"kitchen": CountSubtasks}  # whose return is not a sum of rewards
 
 
 @dataclass
@@ -194,7 +213,7 @@ class Task:
     domain: str
     ref_min: float
     ref_max: float
-    return_range: float  # between the worst and the best episode of the dataset
+    return_range: float  # between the worst and the best episode: of the dataset; of all there can be in WRAPPERS
     reward_scale: float
     reward_bias: float
     obs_mean: np.ndarray
@@ -212,10 +231,11 @@ class Task:
         return 100 * (episode_return - self.ref_min) / (self.ref_max - self.ref_min)
 
     def make_env(self, video_dir: Path | None = None) -> gym.Env:
-        """Observations as in `data`, actions in [-1, 1], rewards not transformed."""
+        """Observations as in `data`, actions in [-1, 1], rewards not transformed; info["gain"] is what a step adds to
+        the return that scores are of, where that is not the reward."""
         env = gym.make(self.env_spec, **({"render_mode": "rgb_array"} if video_dir else {}))
         env = gym.wrappers.RecordVideo(env, str(video_dir), episode_trigger=lambda _: True) if video_dir else env
-        env = EndAtGoal(env) if self.domain in GOAL_DOMAINS else env
+        env = WRAPPERS.get(self.domain, lambda env: env)(env)
         box = gym.spaces.Box(-np.inf, np.inf, self.obs_mean.shape, np.float32)
         return gym.wrappers.RescaleAction(gym.wrappers.TransformObservation(env, self.transform_obs, box), -1.0, 1.0)
 
@@ -295,7 +315,8 @@ def find_dataset(args: Args) -> tuple[str, Path, str]:
     if path.suffix == ".hdf5":
         if not path.exists() or not args.eval_env:
             fail(f"{path}: no such file" if args.eval_env else f"{path} needs --eval-env, for instance Hopper-v4")
-        return path.stem, path, args.eval_env.split("-")[0].lower().removeprefix("adroithand")
+        env = re.split("[-_]", args.eval_env.lower())[0]
+        return path.stem, path, env.removeprefix("adroithand").removeprefix("franka")
     if args.eval_env:
         fail(f"--eval-env is of a .hdf5 file given by its path; {args.env_id} has its own")
     if "/" not in args.env_id and name not in TASKS:
@@ -329,10 +350,11 @@ def find_dataset(args: Args) -> tuple[str, Path, str]:
 
 def returns_to_go(rewards: list[float], failed: bool, task: Task, gamma: float) -> list[float]:
     """Of an episode of transformed rewards. One that failed to reach its goal counts as failing for ever after, one of
-    dense rewards cut by its time limit as earning nothing more: off by gamma^k of the value there, k steps before."""
+    dense rewards cut by its time limit as earning nothing more: off by gamma^k of the value there, k steps before. The
+    kitchen's, which only time ends, as staying as they are (Cal-QL's code)."""
     if failed:
         return [task.transform_reward(0.0) / (1 - gamma)] * len(rewards)
-    returns, g = [], 0.0
+    returns, g = [], rewards[-1] / (1 - gamma) if task.domain == "kitchen" else 0.0
     for reward in reversed(rewards):
         returns.append(g := reward + gamma * g)
     return returns[::-1]
@@ -345,7 +367,7 @@ def load_task(args: Args) -> Task:
     try:
         if path.suffix == ".hdf5":
             world, meta = gym.make(gym.spec(args.eval_env or HDF5_ENVS[env])), {}
-            data = read_hdf5(path, world.spec.max_episode_steps)
+            data = read_hdf5(path, HORIZONS.get(env, world.spec.max_episode_steps))
         else:
             dataset = minari.MinariDataset(path / "data")
             world, meta = recover_env(dataset), dataset.storage.metadata
@@ -369,12 +391,13 @@ def load_task(args: Args) -> Task:
         data = end_at_goal(data)
     last, n = data["terminated"] | data["truncated"], len(data["obs"])
     first = np.append(0, np.flatnonzero(last)[:-1] + 1)
-    returns = np.add.reduceat(data["reward"], first, dtype=np.float64)
+    combine = np.maximum if domain == "kitchen" else np.add  # the most subtasks solved at once; see CountSubtasks
+    returns = combine.reduceat(data["reward"], first, dtype=np.float64)
     worst, best = float(returns.min()), float(returns.max())
     ref_min, ref_max = (worst, best) if ref_max is None else (ref_min, ref_max)
     if meta.get("ref_max_score") is None and not (path.suffix == ".hdf5" and env in ENVS):
         print(f"{dataset_id} has no reference scores; 0 and 100 are returns of {ref_min:.1f} and {ref_max:.1f}")
-    spread = max(best - worst, 1e-6)
+    spread = ref_max - ref_min if domain in WRAPPERS else max(best - worst, 1e-6)
     resolved = args.domain_values["any"] | args.domain_values[domain]
     vars(args).update({name: value for name, value in resolved.items() if getattr(args, name) is None})
     if best == worst and (ref_min == ref_max or not args.reward_scale):
@@ -386,7 +409,9 @@ def load_task(args: Args) -> Task:
     if args.normalize_obs:  # summed in float64: in float32 a million rows cost digits
         mean, std = data["obs"].mean(0, dtype=np.float64), data["obs"].std(0, dtype=np.float64) + 1e-3
     of_rewards = ref_min, ref_max, spread, scale, args.reward_bias
-    task = Task(dataset_id, world.spec, domain, *of_rewards, mean, std, data, len(first))
+    spec = copy.deepcopy(world.spec)
+    spec.max_episode_steps = HORIZONS.get(env, spec.max_episode_steps)
+    task = Task(dataset_id, spec, domain, *of_rewards, mean, std, data, len(first))
     ends = ", ".join(f"{data[key].sum():,} {key}" for key in ("terminated", "truncated"))
     about = f"{n:,} transitions, {len(first):,} episodes ({ends}), return mean {returns.mean():.1f}, min {worst:.1f}"
     print(f"{dataset_id}: {about}, max {best:.1f}, normalised mean {task.score(returns.mean()):.1f}")
@@ -668,7 +693,7 @@ class Gate:
     def __init__(self, args: Args, task: Task):
         self.args, self.task = args, task
         self.tolerance = 100 * args.tolerance * task.return_range / (task.ref_max - task.ref_min)
-        self.may_fall = task.domain not in GOAL_DOMAINS and bool(task.data["terminated"].any())  # [D11]
+        self.may_fall = task.domain not in WRAPPERS and bool(task.data["terminated"].any())  # [D11]
         self.warm = False  # the guide has acted enough for updates and decisions
         self.level, self.trial = 0.0, 0.0  # what is confirmed, what acts in the next training episode [D6]
         self.losing = False  # the explorer, or its copy, in its latest results, or it may fall [D11]
@@ -739,10 +764,8 @@ class Gate:
         return {"advantage": min(pairs, key=lambda pair: np.var(pair[1])), "returns": returns}
 
     def end(self, step: int, level: float, values: list[float], gains: list[float]) -> dict[str, float]:
-        """Take in an episode acted at `level` (a step each: IQL's V in `values`, the reward or whether the goal is
-        reached in `gains`), decide who acts next, and return what to log."""
-        if self.task.domain in GOAL_DOMAINS:
-            gains = np.diff(np.maximum.accumulate(gains), prepend=0)  # the first success counts, once
+        """Take in an episode acted at `level` (a step each: IQL's V in `values`, what it adds to the return that scores
+        are of in `gains`), decide who acts next, and return what to log."""
         gains = [float(gain) * 100 / (self.task.ref_max - self.task.ref_min) for gain in gains]
         switch = self.switch_step(level)
         acted = level > 0 and len(gains) > switch  # one that ended before says nothing about the explorer
@@ -840,15 +863,15 @@ def run_updates(agent: nn.Module, buffer: ReplayBuffer, n: int, online_share: fl
 
 
 def evaluate(act, env: gym.Env, task: Task, args: Args) -> dict[str, float]:
-    """Mean return (goal tasks: success rate) and score of `act(obs, t)`, over the same seeded episodes each time."""
+    """Mean return (see WRAPPERS) and score of `act(obs, t)`, over the same seeded episodes each time."""
     returns = []
     for episode in range(args.eval_episodes):
         obs, _ = env.reset(seed=1_000_000 + 1_000 * args.seed + episode)
         t, total, over = 0, 0.0, False
         while not over:
             obs, reward, terminated, truncated, info = env.step(act(obs, t))
-            t, total, over = t + 1, total + reward, terminated or truncated
-        returns.append(info["success"] if task.domain in GOAL_DOMAINS else total)  # see EndAtGoal
+            t, total, over = t + 1, total + info.get("gain", reward), terminated or truncated
+        returns.append(total)
     if args.capture_video:
         env.get_wrapper_attr("stop_recording")()  # writes the film, which would wait for the next evaluation
     mean = float(np.mean(returns))
@@ -990,7 +1013,8 @@ class Run:
             writer.flush()
         self.progress["seconds"], self.saved_at = time.time() - self.began, self.progress["online_step"]
         kind, keys, *rest = np.random.get_state()
-        rng = [random.getstate(), (kind, keys.tolist(), *rest), torch.get_rng_state(), torch.cuda.get_rng_state_all()]
+        rng = [random.getstate(), (kind, keys.tolist(), *rest), torch.get_rng_state()]
+        rng.append(torch.cuda.get_rng_state_all()[:1])  # of the GPU used; another machine may have fewer
         parts = {name: part.state_dict() for name, part in self.parts.items()}
         save_file(self.dir / "checkpoint.pt", self.settings | parts | {"progress": self.progress, "rng": rng})
         if self.stop:
@@ -1103,8 +1127,9 @@ def train(args: Args) -> dict:
         losses = update() if gate.warm else {}  # launched before the environment steps: a GPU works meanwhile
         next_obs, reward, terminated, truncated, info = env.step(action)
         buffer.add(obs, action, next_obs, task.transform_reward(reward), terminated)
-        trail.append((obs, bool(info.get("success")) if task.domain in GOAL_DOMAINS else reward, explores))
-        obs, over, episode_return = next_obs, terminated or truncated, episode_return + reward
+        gain = info.get("gain", reward)
+        trail.append((obs, gain, explores))
+        obs, over, episode_return = next_obs, terminated or truncated, episode_return + gain
         run.check("online", step, losses)
         progress["online_step"] = step
         if step % args.eval_every == 0 or step == args.online_steps:
@@ -1123,6 +1148,8 @@ def train(args: Args) -> dict:
                 copy_weights(acting.actor.net, proven.actor.net)
             if decided["gate/promoted"] > 0:
                 copy_weights(proven.actor.net, guide.actor.net)
+            elif decided["gate/promoted"] < 0:  # what was refuted is not to be deployed when the level rises again
+                copy_weights(guide.actor.net, proven.actor.net)
             if args.explorer == "sac" and args.warm_start and gate.warm:  # [D8]
                 copy_weights((proven if gate.candidate else guide).actor.net, explorer.anchor_net)
                 weight = args.anchor + (args.anchor_open - args.anchor) * (gate.level + gate.trial) / 2

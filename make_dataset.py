@@ -9,6 +9,7 @@ What is in one depends on --env-id, --steps and --seed alone, not on the number 
 
 import contextlib
 import difflib
+import fcntl
 import functools
 import io
 import itertools
@@ -296,6 +297,12 @@ def collect(args: Collect) -> str:
 
     env, kind = args.env_id.split("-", 1)
     dataset_id, d4rl, began = f"o2o/{env}/{kind}-v0", TARGETS.get(env, {}).get(kind), time.time()
+    lock = open(Path(tempfile.gettempdir(), f"{dataset_id.replace('/', '_')}-{os.getuid()}.lock"), "w")  # noqa: SIM115
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this function returns; no worker inherits it
+    except OSError:
+        print(f"another process is building {dataset_id}; waiting for it", flush=True)
+        fcntl.lockf(lock, fcntl.LOCK_EX)
     if (final := get_dataset_path(dataset_id)).exists():
         dataset = minari.load_dataset(dataset_id)
         print(f"{dataset_id} is there with {dataset.total_steps:,} steps (to build it anew, delete {final})")
@@ -304,14 +311,16 @@ def collect(args: Collect) -> str:
         return dataset_id
     kinds, episodes = ["medium", "expert"] if kind == "medium-expert" else [kind], []
     bar = tqdm(total=args.steps, desc=dataset_id, unit="step", unit_scale=True, mininterval=1)
+    steps = 0
     for part, one in enumerate(kinds, start=1):
         with contextlib.closing(in_order(functools.partial(rollout, env, one, args.seed), args.workers)) as stream:
-            while (missing := args.steps * part // len(kinds) - bar.n) > 0:
+            while (missing := args.steps * part // len(kinds) - steps) > 0:
                 episode = next(stream)
                 if (surplus := len(episode["rewards"]) - missing) > 0:
                     episode = shortened(episode, surplus)
                     episode["truncations"][-1] = True
                 episodes.append(episode)
+                steps += len(episode["rewards"])
                 bar.update(len(episode["rewards"]))
     bar.close()
     if env == "pointmaze":

@@ -70,6 +70,7 @@ import json
 import math
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -181,6 +182,8 @@ ENVS = {  # D4RL's environments: domain, return of a random and of an expert pol
 }
 TASKS = {f"{env}-{kind}": row[3].format(kind) for env, row in ENVS.items() for kind in row[4].split()}
 GOAL_DOMAINS = ("antmaze", "pointmaze")  # the return of an episode is its success, 0 or 1
+# Steps of the episodes that D4RL's reference scores are of; environments that Minari's datasets name have up to 625
+HORIZONS = {"pen": 100, "hammer": 200, "door": 200, "relocate": 200, "kitchen": 280}
 HDF5_ENVS = {"halfcheetah": "HalfCheetah-v4", "hopper": "Hopper-v4", "walker2d": "Walker2d-v4"}  # recorded in gym's -v2
 HDF5_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2/"
 
@@ -192,11 +195,25 @@ def fail(message: str) -> NoReturn:
 
 
 class EndAtGoal(gym.Wrapper):
-    """Reaching the goal terminates the episode, as in D4RL's antmaze; Minari's mazes may go on."""
+    """Reaching the goal terminates the episode, as in D4RL's antmaze, and is its return; Minari's mazes may go on."""
 
     def step(self, action):
         obs, reward, terminated, truncated, info = self.env.step(action)
-        return obs, reward, terminated or bool(info["success"]), truncated, info
+        return obs, reward, terminated or bool(info["success"]), truncated, info | {"gain": float(info["success"])}
+
+
+class CountSubtasks(gym.Wrapper):
+    """The return is the number of subtasks solved in the episode, as in D4RL's kitchen. Its dataset and Minari's, data
+    and environment, reward in every step all that are solved at that time: these rewards are learned from."""
+
+    def step(self, action):
+        before = len(self.unwrapped.episode_task_completions)
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        gain = float(len(info["episode_task_completions"]) - before)
+        return obs, reward, terminated, truncated, info | {"gain": gain}
+
+
+WRAPPERS = dict.fromkeys(GOAL_DOMAINS, EndAtGoal) | {"kitchen": CountSubtasks}  # whose return is not a sum of rewards
 
 
 @dataclass
@@ -208,7 +225,7 @@ class Task:
     domain: str
     ref_min: float
     ref_max: float
-    return_range: float  # between the worst and the best episode of the dataset
+    return_range: float  # between the worst and the best episode: of the dataset; of all there can be in WRAPPERS
     reward_scale: float
     reward_bias: float
     obs_mean: np.ndarray
@@ -226,10 +243,11 @@ class Task:
         return 100 * (episode_return - self.ref_min) / (self.ref_max - self.ref_min)
 
     def make_env(self, video_dir: Path | None = None) -> gym.Env:
-        """Observations as in `data`, actions in [-1, 1], rewards not transformed."""
+        """Observations as in `data`, actions in [-1, 1], rewards not transformed; info["gain"] is what a step adds to
+        the return that scores are of, where that is not the reward."""
         env = gym.make(self.env_spec, **({"render_mode": "rgb_array"} if video_dir else {}))
         env = gym.wrappers.RecordVideo(env, str(video_dir), episode_trigger=lambda _: True) if video_dir else env
-        env = EndAtGoal(env) if self.domain in GOAL_DOMAINS else env
+        env = WRAPPERS.get(self.domain, lambda env: env)(env)
         box = gym.spaces.Box(-np.inf, np.inf, self.obs_mean.shape, np.float32)
         return gym.wrappers.RescaleAction(gym.wrappers.TransformObservation(env, self.transform_obs, box), -1.0, 1.0)
 
@@ -309,7 +327,8 @@ def find_dataset(args: Args) -> tuple[str, Path, str]:
     if path.suffix == ".hdf5":
         if not path.exists() or not args.eval_env:
             fail(f"{path}: no such file" if args.eval_env else f"{path} needs --eval-env, for instance Hopper-v4")
-        return path.stem, path, args.eval_env.split("-")[0].lower().removeprefix("adroithand")
+        env = re.split("[-_]", args.eval_env.lower())[0]
+        return path.stem, path, env.removeprefix("adroithand").removeprefix("franka")
     if args.eval_env:
         fail(f"--eval-env is of a .hdf5 file given by its path; {args.env_id} has its own")
     if "/" not in args.env_id and name not in TASKS:
@@ -343,10 +362,11 @@ def find_dataset(args: Args) -> tuple[str, Path, str]:
 
 def returns_to_go(rewards: list[float], failed: bool, task: Task, gamma: float) -> list[float]:
     """Of an episode of transformed rewards. One that failed to reach its goal counts as failing for ever after, one of
-    dense rewards cut by its time limit as earning nothing more: off by gamma^k of the value there, k steps before."""
+    dense rewards cut by its time limit as earning nothing more: off by gamma^k of the value there, k steps before. The
+    kitchen's, which only time ends, as staying as they are (Cal-QL's code)."""
     if failed:
         return [task.transform_reward(0.0) / (1 - gamma)] * len(rewards)
-    returns, g = [], 0.0
+    returns, g = [], rewards[-1] / (1 - gamma) if task.domain == "kitchen" else 0.0
     for reward in reversed(rewards):
         returns.append(g := reward + gamma * g)
     return returns[::-1]
@@ -359,7 +379,7 @@ def load_task(args: Args) -> Task:
     try:
         if path.suffix == ".hdf5":
             world, meta = gym.make(gym.spec(args.eval_env or HDF5_ENVS[env])), {}
-            data = read_hdf5(path, world.spec.max_episode_steps)
+            data = read_hdf5(path, HORIZONS.get(env, world.spec.max_episode_steps))
         else:
             dataset = minari.MinariDataset(path / "data")
             world, meta = recover_env(dataset), dataset.storage.metadata
@@ -383,12 +403,13 @@ def load_task(args: Args) -> Task:
         data = end_at_goal(data)
     last, n = data["terminated"] | data["truncated"], len(data["obs"])
     first = np.append(0, np.flatnonzero(last)[:-1] + 1)
-    returns = np.add.reduceat(data["reward"], first, dtype=np.float64)
+    combine = np.maximum if domain == "kitchen" else np.add  # the most subtasks solved at once; see CountSubtasks
+    returns = combine.reduceat(data["reward"], first, dtype=np.float64)
     worst, best = float(returns.min()), float(returns.max())
     ref_min, ref_max = (worst, best) if ref_max is None else (ref_min, ref_max)
     if meta.get("ref_max_score") is None and not (path.suffix == ".hdf5" and env in ENVS):
         print(f"{dataset_id} has no reference scores; 0 and 100 are returns of {ref_min:.1f} and {ref_max:.1f}")
-    spread = max(best - worst, 1e-6)
+    spread = ref_max - ref_min if domain in WRAPPERS else max(best - worst, 1e-6)
     resolved = args.domain_values["any"] | args.domain_values[domain]
     vars(args).update({name: value for name, value in resolved.items() if getattr(args, name) is None})
     if best == worst and (ref_min == ref_max or not args.reward_scale):
@@ -400,7 +421,9 @@ def load_task(args: Args) -> Task:
     if args.normalize_obs:  # summed in float64: in float32 a million rows cost digits
         mean, std = data["obs"].mean(0, dtype=np.float64), data["obs"].std(0, dtype=np.float64) + 1e-3
     of_rewards = ref_min, ref_max, spread, scale, args.reward_bias
-    task = Task(dataset_id, world.spec, domain, *of_rewards, mean, std, data, len(first))
+    spec = copy.deepcopy(world.spec)
+    spec.max_episode_steps = HORIZONS.get(env, spec.max_episode_steps)
+    task = Task(dataset_id, spec, domain, *of_rewards, mean, std, data, len(first))
     ends = ", ".join(f"{data[key].sum():,} {key}" for key in ("terminated", "truncated"))
     about = f"{n:,} transitions, {len(first):,} episodes ({ends}), return mean {returns.mean():.1f}, min {worst:.1f}"
     print(f"{dataset_id}: {about}, max {best:.1f}, normalised mean {task.score(returns.mean()):.1f}")
@@ -749,7 +772,7 @@ class Evaluator(nn.Module):
         self.next_episode(self.retained)
         self.scale = float(np.abs(task.data["reward"]).mean()) * self.horizon + 1e-6  # the unit of the limits
         steps = len(task.data["reward"]) / task.episodes
-        known = task.domain not in GOAL_DOMAINS  # there a value counts steps, not successes, and to terminate is good
+        known = task.domain not in WRAPPERS  # there a value counts steps, not successes, and to terminate is good
         self.may_fall = known and bool(task.data["terminated"].any())
         self.per_value = float(steps / self.horizon / task.reward_scale * self.per_return) if known else math.nan
 
@@ -1077,15 +1100,15 @@ def run_updates(agent: nn.Module, buffer: ReplayBuffer, n: int, online_share: fl
 
 
 def evaluate(act, env: gym.Env, task: Task, args: Args) -> dict[str, float]:
-    """Mean return (goal tasks: success rate) and score of `act(obs, t)`, over the same seeded episodes each time."""
+    """Mean return (see WRAPPERS) and score of `act(obs, t)`, over the same seeded episodes each time."""
     returns = []
     for episode in range(args.eval_episodes):
         obs, _ = env.reset(seed=1_000_000 + 1_000 * args.seed + episode)
         t, total, over = 0, 0.0, False
         while not over:
             obs, reward, terminated, truncated, info = env.step(act(obs, t))
-            t, total, over = t + 1, total + reward, terminated or truncated
-        returns.append(info["success"] if task.domain in GOAL_DOMAINS else total)  # see EndAtGoal
+            t, total, over = t + 1, total + info.get("gain", reward), terminated or truncated
+        returns.append(total)
     if args.capture_video:
         env.get_wrapper_attr("stop_recording")()  # writes the film, which would wait for the next evaluation
     mean = float(np.mean(returns))
@@ -1227,7 +1250,8 @@ class Run:
             writer.flush()
         self.progress["seconds"], self.saved_at = time.time() - self.began, self.progress["online_step"]
         kind, keys, *rest = np.random.get_state()
-        rng = [random.getstate(), (kind, keys.tolist(), *rest), torch.get_rng_state(), torch.cuda.get_rng_state_all()]
+        rng = [random.getstate(), (kind, keys.tolist(), *rest), torch.get_rng_state()]
+        rng.append(torch.cuda.get_rng_state_all()[:1])  # of the GPU used; another machine may have fewer
         parts = {name: part.state_dict() for name, part in self.parts.items()}
         save_file(self.dir / "checkpoint.pt", self.settings | parts | {"progress": self.progress, "rng": rng})
         if self.stop:
@@ -1333,12 +1357,12 @@ def train(args: Args) -> dict:
         for _ in range(updates if evaluator.segments >= args.window else 0):
             losses = update()  # launched before the environment steps: a GPU works meanwhile
         action = evaluator.pairs[evaluator.alone].act(obs) if evaluator.alone in (1, 3) else actions[turn]  # [D1] [D7]
-        next_obs, reward, terminated, truncated, _ = env.step(action)
+        next_obs, reward, terminated, truncated, info = env.step(action)
         row = (obs, action, next_obs, task.transform_reward(reward), terminated)
         buffer.add(*row)
         if evaluator.kind != "trial":
             evaluator.segment.append((*row, turn, gains))
-        obs, over, episode_return = next_obs, terminated or truncated, episode_return + reward
+        obs, over, episode_return = next_obs, terminated or truncated, episode_return + info.get("gain", reward)
         run.check("online", step, losses)
         progress["online_step"] = step
         if evaluator.segment and (over or len(evaluator.segment) == args.segment_steps):
@@ -1362,7 +1386,7 @@ def train(args: Args) -> dict:
             if run.stop or step - run.saved_at >= args.save_every:
                 run.save()
     if not evaluator.stable_segments:
-        print("the new Q was never stable: the retained pair acted to the end; evaluator/* shows which test it failed")
+        print("the new Q was never stable; evaluator/* shows which test it failed")
 
     # ---- finish ----
     parts = {"agent": agent.state_dict(), "learner": learner.state_dict(), "evaluator": evaluator.state_dict()}

@@ -90,20 +90,24 @@ def test_dry_run_lists_the_commands(bench):
     code, output = bench(*ARGS, "--dry-run", "--", "--dataset", "stand-in")
     common, tail = "--offline-steps 100 --run-dir runs/test", "--dataset stand-in"
     start = "--offline-checkpoint runs/test/{run}/offline.pt"
+    line = "python {}.py --env-id {} --seed {} {}" + f"{common} --resume --online-steps " + "{}" + f" {tail}"
+    tasks = "hopper-medium", "walker2d-medium"
+    offline = [  # of all tasks first, so that several workers do not need the same stand-in at once
+        line.format("iql_finetune", task, seed, "--exp-name offline ", "2") for seed in (1, 2) for task in tasks
+    ]
     expected = [
-        f"python {script}.py --env-id {task} --seed {seed} {exp}{common} --resume --online-steps {more} {tail}"
+        line.format(script, task, seed, exp, more)
         for script, exp, more in (
-            ("iql_finetune", "--exp-name offline ", "2"),
             ("cal_ql", "", "50"),
             ("jsrl_gated", "--exp-name jsrl_gated_open ", f"50 --gate open --anchor-open 0 {start}"),
             ("iql_finetune", "", f"50 {start}"),
         )
-        for task in ("hopper-medium", "walker2d-medium")
+        for task in tasks
         for seed in (1, 2)
     ]
-    runs = [f"{task}-medium__offline__{seed}" for task in ("hopper", "walker2d") for seed in (1, 2)]
-    expected = [line.format(run=runs[i % 4]) for i, line in enumerate(expected)]
-    assert code == 0 and output.splitlines() == expected
+    runs = [f"{task}__offline__{seed}" for task in tasks for seed in (1, 2)]
+    expected = [words.replace("{run}", runs[i % 4]) for i, words in enumerate(expected)]
+    assert code == 0 and output.splitlines() == offline + expected
     words = ARGS[: ARGS.index("--offline-steps")]
     _, readme = bench("--preset", "readme", *words, "--dry-run", "--", "--no-cuda", "--preset", "full")
     tail = "--dataset stand-in --no-cuda --preset full"

@@ -407,6 +407,40 @@ def test_one_transform_for_dataset_and_online_transitions(toy_args, normalize):
     assert all(lengths[i] == 50 for i in cut), "an episode that neither ended nor reached its time limit"
 
 
+def test_kitchen_counts_each_subtask_once_in_episodes_as_long_as_d4rls(capsys):
+    """Minari's pays all subtasks that are solved, in every step, for up to 450 steps. Learned from are its rewards."""
+    subtasks = ["microwave", "kettle", "light switch", "slide cabinet"]
+    flags = {"remove_task_when_completed": False, "terminate_on_tasks_completed": False}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        real = gym.make("FrankaKitchen-v1", max_episode_steps=450, tasks_to_complete=subtasks, **flags)
+        real = gym.make(spec := real.spec, max_episode_steps=4)
+        episodes = rollout(real, lambda obs: np.zeros(9), 2)
+        episodes[0].rewards[:], episodes[1].rewards[:] = [0.0, 1.0, 2.0, 2.0], [0.0, 1.0, 1.0, 0.0]
+        record("D4RL/kitchen/partial-v2", spec, episodes)
+    args = make_args(env_id="kitchen-partial", eval_episodes=1)
+    task = iql.load_task(args)
+    assert "return mean 1.5, min 1.0, max 2.0, normalised mean 37.5" in capsys.readouterr().out
+    assert (task.env_spec.max_episode_steps, task.return_range) == (280, 4.0)
+    assert task.data["reward"].tolist() == [0, 1, 2, 2, 0, 1, 1, 0]
+    np.testing.assert_allclose(task.data["return_to_go"], [17.1, 19, 20, 20, 1.71, 1.9, 1, 0], rtol=1e-6)
+
+    env, position = task.make_env(), {"microwave": 22, "slide cabinet": 19}
+
+    def solve(obs, t):
+        for subtask, index in position.items():
+            if t == index:  # any two different steps
+                env.unwrapped.data.qpos[index] = real.unwrapped.goal[subtask][0]
+        return np.zeros(9)
+
+    (obs, _), steps = env.reset(seed=0), []
+    for t in range(25):
+        obs, reward, *_, info = env.step(solve(obs, t))
+        steps.append((reward, info["gain"]))
+    assert steps == [(0, 0)] * 19 + [(1, 1), (1, 0), (1, 0), (2, 1), (2, 0), (2, 0)]
+    assert iql.evaluate(solve, env, task, args) == {"return": 2.0, "normalized_score": 50.0}
+
+
 # ---- names ----
 
 LOCOMOTION_KINDS = ["random", "medium", "expert", "medium-replay", "medium-expert", "full-replay"]
@@ -434,6 +468,15 @@ def test_every_name_resolves_to_the_documented_dataset(monkeypatch):
         assert fetched.pop() == (dataset_id, path)
     assert iql.find_dataset(make_args(env_id="hopper-medium-v2"))[0] == "hopper-medium-v2"
     assert iql.find_dataset(make_args(env_id="mujoco/hopper/medium-v0"))[::2] == ("mujoco/hopper/medium-v0", "hopper")
+
+
+@pytest.mark.parametrize("eval_env, env", [
+    ("Hopper-v4", "hopper"), ("AdroitHandPen-v1", "pen"), ("PointMaze_UMaze-v3", "pointmaze"),
+    ("AntMaze_Medium_Diverse_GR-v4", "antmaze"), ("FrankaKitchen-v1", "kitchen"),
+])  # fmt: skip
+def test_a_file_is_of_the_domain_of_its_environment(tmp_path, eval_env, env):
+    path = write_hdf5(tmp_path / "mine.hdf5", hopper_episodes("terminal"))
+    assert iql.find_dataset(make_args(env_id=str(path), eval_env=eval_env)) == ("mine", path, env)
 
 
 def test_table_of_reference_scores():
@@ -466,6 +509,8 @@ def survives(toy_args: dict, name: str, obs_dim: int, action_dim: int, domain: s
     summary = iql.train(args)
     task = iql.load_task(args)
     assert task.domain == domain
+    d4rl = {"pen": 100, "hammer": 200, "door": 200, "relocate": 200, "kitchen": 280}  # its hands' and kitchen's limits
+    assert task.env_spec.max_episode_steps == d4rl.get(name.split("-")[0], 12 if "/" in DOCUMENTED[name] else 1_000)
     assert task.data["obs"].shape[1] == obs_dim and task.data["action"].shape[1] == action_dim
     assert np.isfinite(list(task.data["obs"][0])).all() and np.abs(task.data["action"]).max() < 1
     obs, _ = task.make_env().reset(seed=0)

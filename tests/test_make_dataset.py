@@ -227,6 +227,16 @@ def test_a_bad_request_is_one_line_and_exit_code_2(root, capsys, wrong, words):
     assert not root.exists()
 
 
+def test_several_processes_build_it_once(root, monkeypatch):
+    """And one whose progress bar is off ends as well."""
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    command = [sys.executable, "make_dataset.py", "collect", "--env-id", "hopper-random", "--steps", "2_000"]
+    both = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = sorted(process.communicate(timeout=120)[0] for process in both)
+    assert "2,000 steps in" not in said[0] and "is there with 2,000 steps" in said[0]
+    assert "2,000 steps in" in said[1] and minari.load_dataset("o2o/hopper/random-v0").total_steps == 2_000
+
+
 def test_command_line(root):
     def run(*words):
         return subprocess.run([sys.executable, "make_dataset.py", *words], cwd=ROOT, capture_output=True, text=True)

@@ -485,9 +485,13 @@ def test_two_runs_of_one_folder_name_keep_their_own_curves(tmp_path):
 
 
 def test_no_run_folders(tmp_path, capsys):
-    with pytest.raises(SystemExit) as error:
-        run_report(tmp_path, out=tmp_path / "out")
-    assert error.value.code == 2 and "no run folders" in capsys.readouterr().err
+    """A mistyped folder beside a good one would leave its rows out, and an earlier report in --out lose them."""
+    make_run(tmp_path / "runs")
+    for folders in ((tmp_path / "none",), (tmp_path / "runs", tmp_path / "none")):
+        with pytest.raises(SystemExit) as error:
+            report.main(report.Args(folders, tmp_path / "out"))
+        assert error.value.code == 2 and f"no run folders in {tmp_path / 'none'}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_only_the_scripts_asked_for(tmp_path, capsys):

@@ -7,10 +7,11 @@ last function, is the run from top to bottom. Tasks, data, buffer, evaluation an
 four scripts of CleanO2O. Metrics, results and the sources of the hyper-parameters: README.md. Departures from the
 authors' code:
 [D1] The transition that a time-out ends is learned from, if its next observation is known; the authors leave it out of
-     the dataset. Returns end with the episode, on locomotion at its time limit too.
+     the dataset. Returns end with the episode, on locomotion at its time limit too. In D4RL's kitchen a demonstration's
+     end is a terminal; in Minari's it is none, and its return goes on as the authors' online returns do.
 [D2] Locomotion and pointmaze have no published setting: both are ours. Adroit is D4RL's, of dense rewards, with CORL's
      setting, whose scores stay at the floor there, but calibrated online too and without its clip of the gap at -200;
-     the paper's has binary rewards. Kitchen has 256 hidden units, the authors' 512.
+     the paper's has binary rewards. Kitchen has 256 hidden units, the authors' 512, and 500,000 and 1.5M steps.
 [D3] An online episode that the end of the run cuts short is not learned from; the authors run past that end.
 [D4] Not by default: `--gap-every 4` takes the gap over every fourth state of a batch, as its 30 actions a state are
      most of the arithmetic. Its expectation is the same, if a batch's share of either kind of data divides by 4, and
@@ -313,13 +314,13 @@ def find_dataset(args: Args) -> tuple[str, Path, str]:
     return stand_in, path, env
 
 
-def returns_to_go(rewards: list[float], failed: bool, task: Task, gamma: float) -> list[float]:
+def returns_to_go(rewards: list[float], failed: bool, terminated: bool, task: Task, gamma: float) -> list[float]:
     """Of an episode of transformed rewards. One that failed to reach its goal counts as failing for ever after, one of
-    dense rewards cut by its time limit as earning nothing more: off by gamma^k of the value there, k steps before. The
-    kitchen's, which only time ends, as staying as they are (Cal-QL's code)."""
+    dense rewards cut by its time limit as earning nothing more: off by gamma^k of the value there, k steps before; but
+    in the kitchen as staying as it is."""
     if failed:
         return [task.transform_reward(0.0) / (1 - gamma)] * len(rewards)
-    returns, g = [], rewards[-1] / (1 - gamma) if task.domain == "kitchen" else 0.0
+    returns, g = [], rewards[-1] / (1 - gamma) if task.domain == "kitchen" and not terminated else 0.0
     for reward in reversed(rewards):
         returns.append(g := reward + gamma * g)
     return returns[::-1]
@@ -381,8 +382,9 @@ def load_task(args: Args) -> Task:
     about = f"{n:,} transitions, {len(first):,} episodes ({ends}), return mean {returns.mean():.1f}, min {worst:.1f}"
     print(f"{dataset_id}: {about}, max {best:.1f}, normalised mean {task.score(returns.mean()):.1f}")
     data["reward"] = task.transform_reward(data["reward"])
-    episodes = zip(np.split(data["reward"], first[1:]), (returns <= 0) & (domain in GOAL_DOMAINS), strict=True)
-    data["return_to_go"] = np.hstack([returns_to_go(r.tolist(), failed, task, args.gamma) for r, failed in episodes])
+    failed = (returns <= 0) & (domain in GOAL_DOMAINS)
+    episodes = zip(np.split(data["reward"], first[1:]), failed, data["terminated"][last], strict=True)
+    data["return_to_go"] = np.hstack([returns_to_go(r.tolist(), *how, task, args.gamma) for r, *how in episodes])
     data["action"] = np.clip(2 * (data["action"] - box.low) / (box.high - box.low) - 1, -1 + 1e-5, 1 - 1e-5)
     data["obs"], data["next_obs"] = task.transform_obs(data["obs"]), task.transform_obs(data["next_obs"])
     known = data.pop("known", slice(None))
@@ -907,7 +909,7 @@ def train(args: Args) -> dict:
         if over:
             # Its true returns are known now: the episode enters the buffer, then as many updates as it had steps [D3]
             failed = task.domain in GOAL_DOMAINS and episode_return <= 0
-            returns = returns_to_go([transition[3] for transition in episode], failed, task, args.gamma)
+            returns = returns_to_go([row[3] for row in episode], failed, terminated, task, args.gamma)
             for transition, return_to_go in zip(episode, returns, strict=True):
                 buffer.add(*transition, return_to_go)
             for _ in episode:

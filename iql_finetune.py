@@ -7,11 +7,15 @@ from top to bottom. Tasks, data, buffer, evaluation and run folder are the same 
 Metrics, results and the sources of the hyper-parameters: README.md. Departures from the authors' code:
 [D1] The three losses share one backward and one step, so that actor and Q see V before its update; the authors' V moves
      first. As in the public PyTorch versions.
-[D2] Constant learning rate: the authors' cosine decay of the actor's is for offline-only runs.
+[D2] Constant learning rate: the authors' cosine decay of the actor's is for offline-only runs. CORL's falls to 0
+     offline and rises again online: its actor hardly moves in its first 100,000 online steps.
 [D3] Online transitions never push the dataset's out; the authors' buffer of 2M does so after 1M online steps.
-[D4] PyTorch's default initialisation, not orthogonal; data actions clipped to +-(1 - 1e-5), as the other scripts need.
-[D5] Locomotion: online rewards are scaled as the dataset's; the authors scale the dataset's only.
+[D4] PyTorch's default initialisation, not orthogonal.
+[D5] Locomotion: online rewards are scaled as the dataset's; the authors' JAX code scales the dataset's only.
 [D6] Online, the update of a step comes before its transition is in the buffer, and the first step has none.
+[D7] The transition that a time-out ends is learned from, if its next observation is known; the authors leave it out of
+     the dataset.
+[D8] Adroit: exploration without dropout; CORL's has it, and standard deviations down to exp(-20), here exp(-5).
 """
 
 import contextlib
@@ -90,8 +94,8 @@ class Args:
     reward_scale: float | None = None  # r -> scale * r + bias, online too; 0: 1000 / return range of the dataset
     reward_bias: float | None = None  # added to the scaled reward
     normalize_obs: bool | None = None  # by mean and standard deviation of the dataset
-    # Locomotion [D5], kitchen: the authors'. Antmaze, adroit: CORL's, which has the online numbers to compare with.
-    # Pointmaze: ours, antmaze's without normalisation.
+    # Locomotion [D5], kitchen: the authors', offline. Antmaze, adroit [D8]: CORL's, which has the online numbers to
+    # compare with. Pointmaze: ours, antmaze's without normalisation.
     domain_values: ClassVar[dict[str, dict]] = {
         "locomotion": {"expectile": 0.7, "beta": 3.0, "reward_scale": 0.0},
         "antmaze": {"expectile": 0.9, "beta": 10.0, "reward_bias": -1.0, "normalize_obs": True},
@@ -296,13 +300,13 @@ def find_dataset(args: Args) -> tuple[str, Path, str]:
     return stand_in, path, env
 
 
-def returns_to_go(rewards: list[float], failed: bool, task: Task, gamma: float) -> list[float]:
+def returns_to_go(rewards: list[float], failed: bool, terminated: bool, task: Task, gamma: float) -> list[float]:
     """Of an episode of transformed rewards. One that failed to reach its goal counts as failing for ever after, one of
-    dense rewards cut by its time limit as earning nothing more: off by gamma^k of the value there, k steps before. The
-    kitchen's, which only time ends, as staying as they are (Cal-QL's code)."""
+    dense rewards cut by its time limit as earning nothing more: off by gamma^k of the value there, k steps before; but
+    in the kitchen as staying as it is."""
     if failed:
         return [task.transform_reward(0.0) / (1 - gamma)] * len(rewards)
-    returns, g = [], rewards[-1] / (1 - gamma) if task.domain == "kitchen" else 0.0
+    returns, g = [], rewards[-1] / (1 - gamma) if task.domain == "kitchen" and not terminated else 0.0
     for reward in reversed(rewards):
         returns.append(g := reward + gamma * g)
     return returns[::-1]
@@ -364,8 +368,9 @@ def load_task(args: Args) -> Task:
     about = f"{n:,} transitions, {len(first):,} episodes ({ends}), return mean {returns.mean():.1f}, min {worst:.1f}"
     print(f"{dataset_id}: {about}, max {best:.1f}, normalised mean {task.score(returns.mean()):.1f}")
     data["reward"] = task.transform_reward(data["reward"])
-    episodes = zip(np.split(data["reward"], first[1:]), (returns <= 0) & (domain in GOAL_DOMAINS), strict=True)
-    data["return_to_go"] = np.hstack([returns_to_go(r.tolist(), failed, task, args.gamma) for r, failed in episodes])
+    failed = (returns <= 0) & (domain in GOAL_DOMAINS)
+    episodes = zip(np.split(data["reward"], first[1:]), failed, data["terminated"][last], strict=True)
+    data["return_to_go"] = np.hstack([returns_to_go(r.tolist(), *how, task, args.gamma) for r, *how in episodes])
     data["action"] = np.clip(2 * (data["action"] - box.low) / (box.high - box.low) - 1, -1 + 1e-5, 1 - 1e-5)
     data["obs"], data["next_obs"] = task.transform_obs(data["obs"]), task.transform_obs(data["next_obs"])
     known = data.pop("known", slice(None))

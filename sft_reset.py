@@ -155,7 +155,7 @@ class Args:
     reward_scale: float | None = None  # r -> scale * r + bias, online too; 0: 1000 / return range of the dataset
     reward_bias: float | None = None  # added to the scaled reward
     normalize_obs: bool | None = None  # by mean and standard deviation of the dataset
-    # Locomotion, kitchen: the authors'. Antmaze, adroit: CORL's, which has the online numbers to compare with.
+    # Locomotion, kitchen: the authors', offline. Antmaze, adroit: CORL's, which has the online numbers to compare with.
     domain_values: ClassVar[dict[str, dict]] = {
         "locomotion": {"expectile": 0.7, "beta": 3.0, "reward_scale": 0.0},
         "antmaze": {"expectile": 0.9, "beta": 10.0, "reward_bias": -1.0, "normalize_obs": True},
@@ -360,13 +360,13 @@ def find_dataset(args: Args) -> tuple[str, Path, str]:
     return stand_in, path, env
 
 
-def returns_to_go(rewards: list[float], failed: bool, task: Task, gamma: float) -> list[float]:
+def returns_to_go(rewards: list[float], failed: bool, terminated: bool, task: Task, gamma: float) -> list[float]:
     """Of an episode of transformed rewards. One that failed to reach its goal counts as failing for ever after, one of
-    dense rewards cut by its time limit as earning nothing more: off by gamma^k of the value there, k steps before. The
-    kitchen's, which only time ends, as staying as they are (Cal-QL's code)."""
+    dense rewards cut by its time limit as earning nothing more: off by gamma^k of the value there, k steps before; but
+    in the kitchen as staying as it is."""
     if failed:
         return [task.transform_reward(0.0) / (1 - gamma)] * len(rewards)
-    returns, g = [], rewards[-1] / (1 - gamma) if task.domain == "kitchen" else 0.0
+    returns, g = [], rewards[-1] / (1 - gamma) if task.domain == "kitchen" and not terminated else 0.0
     for reward in reversed(rewards):
         returns.append(g := reward + gamma * g)
     return returns[::-1]
@@ -428,8 +428,9 @@ def load_task(args: Args) -> Task:
     about = f"{n:,} transitions, {len(first):,} episodes ({ends}), return mean {returns.mean():.1f}, min {worst:.1f}"
     print(f"{dataset_id}: {about}, max {best:.1f}, normalised mean {task.score(returns.mean()):.1f}")
     data["reward"] = task.transform_reward(data["reward"])
-    episodes = zip(np.split(data["reward"], first[1:]), (returns <= 0) & (domain in GOAL_DOMAINS), strict=True)
-    data["return_to_go"] = np.hstack([returns_to_go(r.tolist(), failed, task, args.gamma) for r, failed in episodes])
+    failed = (returns <= 0) & (domain in GOAL_DOMAINS)
+    episodes = zip(np.split(data["reward"], first[1:]), failed, data["terminated"][last], strict=True)
+    data["return_to_go"] = np.hstack([returns_to_go(r.tolist(), *how, task, args.gamma) for r, *how in episodes])
     data["action"] = np.clip(2 * (data["action"] - box.low) / (box.high - box.low) - 1, -1 + 1e-5, 1 - 1e-5)
     data["obs"], data["next_obs"] = task.transform_obs(data["obs"]), task.transform_obs(data["next_obs"])
     known = data.pop("known", slice(None))

@@ -400,10 +400,12 @@ GOAL_TASK = SimpleNamespace(transform_reward=lambda reward: 10 * reward - 5, dom
 
 
 def test_returns_to_go_of_a_finished_episode():
-    assert cal_ql.returns_to_go([-5.0, -5.0, 5.0], False, GOAL_TASK, 0.5) == [-5 - 2.5 + 1.25, -5 + 2.5, 5.0]
-    assert cal_ql.returns_to_go([-5.0] * 3, True, GOAL_TASK, 0.99) == pytest.approx([-500.0] * 3)
+    assert cal_ql.returns_to_go([-5.0, -5.0, 5.0], False, True, GOAL_TASK, 0.5) == [-5 - 2.5 + 1.25, -5 + 2.5, 5.0]
+    assert cal_ql.returns_to_go([-5.0] * 3, True, False, GOAL_TASK, 0.99) == pytest.approx([-500.0] * 3)
     kitchen = SimpleNamespace(domain="kitchen")
-    assert cal_ql.returns_to_go([0.0, 1.0, 2.0], False, kitchen, 0.5) == [1.5, 3.0, 4.0]  # 2 in each step from then on
+    goes_on = cal_ql.returns_to_go([0.0, 1.0, 2.0], False, False, kitchen, 0.5)
+    assert goes_on == [1.5, 3.0, 4.0]  # 2 in each step from then on
+    assert cal_ql.returns_to_go([0.0, 1.0, 2.0], False, True, kitchen, 0.5) == [1.0, 2.0, 2.0]
 
 
 def test_episodes_enter_the_buffer_when_finished_and_as_many_updates_follow(toy_args, monkeypatch):

@@ -460,6 +460,8 @@ def test_degradation_of_a_run_that_only_gains():
     assert found["drop"] == 0 and found["degradation_area"] == 0 and found["lowest_score"] == 20
     assert found["steps_to_gain"] == 30, "30 is not above 20 + 10: the three that count begin at step 30"
     assert found["regret"] == pytest.approx(1 - 446 / 600)
+    for steps, scores in (([0, 10, 20, 30], [20.0, 40.0, 40.0, 25.0]), ([0, 10, 20], [20.0, 40.0, 40.0])):
+        assert iql.degradation(20.0, steps, scores)["steps_to_gain"] is None, "two in a row are too few"
     assert iql.degradation(150.0, [0, 10], [150.0, 120.0])["regret"] == 0
     assert iql.degradation(-30.0, [0, 10], [-30.0, -40.0])["regret"] == 1
     assert json.dumps(found)

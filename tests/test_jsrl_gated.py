@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from types import SimpleNamespace
@@ -574,6 +575,27 @@ def test_who_acts_what_is_learned_and_what_is_copied_in_each_step(toy_args, monk
     after = steps[events["judged"]]
     assert after["promoted"] and after["first"] == (outcome == -1)  # a copy that was dropped cannot be deployed later
     assert len(evaluated) > 5 and all(step["deployed"] for step in evaluated)
+
+
+@pytest.mark.parametrize("kind", ["open", "random", "curriculum"])
+def test_without_bounds_the_explorer_is_deployed_as_it_is(toy_args, monkeypatch, kind):
+    parts, actions, start, evaluate = {}, [], jsrl.Run.start, jsrl.evaluate
+
+    def keep(run, task, **given):
+        parts.update(given)
+        start(run, task, **given)
+
+    def compare(act, *rest):
+        if isinstance(act, partial) and parts["gate"].level:  # the deployed policy, at the end of an episode
+            obs = np.ones(2, np.float32)
+            actions.append([act(obs, 10_000), *(parts[name].act(obs) for name in ("explorer", "guide"))])
+        return evaluate(act, *rest)
+
+    monkeypatch.setattr(jsrl.Run, "start", keep)
+    monkeypatch.setattr(jsrl, "evaluate", compare)
+    jsrl.train(jsrl.Args(**toy_args | {"warmup_steps": 40, "online_steps": 400, "gate": kind}))
+    assert actions and all(np.array_equal(deployed, explorer) for deployed, explorer, _ in actions)
+    assert not np.array_equal(*actions[-1][1:]), "the explorer has not learned"
 
 
 @pytest.mark.parametrize(

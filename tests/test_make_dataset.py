@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import minari
@@ -28,6 +29,8 @@ TABLE = ("<!-- table -->\n", "<!-- end of table -->\n")
 def root(tmp_path, monkeypatch):
     """An empty Minari folder; it does not exist yet."""
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "stand-ins"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # where the locks are, which real builds have too
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     return tmp_path / "stand-ins"
 
 

@@ -271,6 +271,20 @@ def test_offline_checkpoint_starts_from_the_same_agent(toy_args):
     assert a["offline_score"] == b["offline_score"]
 
 
+@pytest.mark.parametrize("name", ["jsrl_gated", "sft_reset"])
+def test_offline_phase_of_iql_is_taken_over_by_the_methods_that_begin_with_it(toy_args, name):
+    iql.train(iql.Args(**toy_args))
+    module, start = importlib.import_module(name), run_folder(toy_args) / "offline.pt"
+    module.train(module.Args(**toy_args | {"offline_checkpoint": str(start)}))
+    folders = run_folder(toy_args), run_folder(toy_args | {"exp_name": name})
+    a, b = (torch.load(folder / "offline.pt", weights_only=True) for folder in folders)
+    assert differences(a, b) == []
+    a, b = (json.loads((folder / "summary.json").read_text()) for folder in folders)
+    assert a["offline_score"] == b["offline_score"]
+    assert b["updates_per_second"] * b["seconds"] == pytest.approx(toy_args["online_steps"])
+    assert a["updates_per_second"] * a["seconds"] == pytest.approx(toy_args["offline_steps"] + toy_args["online_steps"])
+
+
 def test_offline_checkpoint_leaves_the_learning_rate_as_asked_for(toy_args):
     iql.train(iql.Args(**toy_args))
     other = {"exp_name": "faster", "learning_rate": 0.01}

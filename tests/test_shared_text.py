@@ -13,7 +13,7 @@ from itertools import combinations
 
 import pytest
 import torch
-from conftest import SCRIPTS
+from conftest import ROOT, SCRIPTS
 
 OWN = ("Args", "Agent", "train")  # definitions in which the scripts differ
 EXCUSED_FIELDS = {
@@ -79,6 +79,13 @@ def test_shared_definitions_are_the_same_text(pair):
 def test_shared_args_have_the_same_default_and_comment(pair):
     a, b = (fields(path.read_text()) for path in pair)
     assert {name: (a[name], b[name]) for name in a if name in b and a[name] != b[name]} == {}
+
+
+def test_iql_is_the_same_in_three_scripts():
+    names = "iql_finetune", "jsrl_gated", "sft_reset"
+    assert len({unmarked(definitions((ROOT / f"{name}.py").read_text())["Agent"]) for name in names}) == 1
+    first, *others = (importlib.import_module(name).Args.domain_values for name in names)
+    assert all(values == first for values in others)
 
 
 @PAIRS

@@ -3,11 +3,13 @@
 import copy
 import itertools
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from test_data import goal_dataset
 from torch.distributions import Normal
 
 import cal_ql
@@ -436,6 +438,23 @@ def test_episodes_enter_the_buffer_when_finished_and_as_many_updates_follow(toy_
             assert return_to_go[t, 0] == pytest.approx(expected, rel=1e-4)
             assert t + 1 == start + length or np.array_equal(obs[t + 1], next_obs[t])
         start += length
+
+
+def test_online_episodes_that_fail_to_reach_their_goal_count_as_failing_for_ever(toy_args, monkeypatch):
+    goal_dataset()
+    direction = [1.0]
+
+    def act(agent, obs, t=0, noise=0.0):
+        if obs[0] == 0:  # an episode begins
+            direction[0] = -direction[0]
+        return np.full(1, direction[0], np.float32)
+
+    monkeypatch.setattr(cal_ql.Agent, "act", act)
+    options = {"env_id": "toy/pointmaze/mini-v0", "n_actions": 2, "online_steps": 40, "eval_every": 40}
+    cal_ql.train(cal_ql.Args(**toy_args | options))
+    folder = Path(toy_args["run_dir"], "toy_pointmaze_mini-v0__cal_ql__1")
+    saved = torch.load(folder / "checkpoint.pt", weights_only=True)["buffer"]["online"][:, -1]
+    assert {round(float(value), 2) for value in saved} == {-500.0, -0.05, 5.0}  # of -5 a step, and of -5 and 5
 
 
 @pytest.mark.parametrize("optimistic", [True, False])

@@ -394,6 +394,9 @@ def test_gate_kinds():
     gate = make_gate(gate="curriculum")
     levels = [level for level, _, _ in play(gate, [52] * 10 + [30] * 15)]
     assert levels == [0] * 5 + [0.1] * 5 + [0.2] * 5 + [0.3] * 15  # stays where it gets worse, and never closes
+    gate = make_gate(gate="curriculum")
+    play(gate, [52] * 60)
+    assert gate.level == gate.trial == 1
 
 
 def test_gate_state_is_complete_and_loads_weights_only(tmp_path):

@@ -92,6 +92,21 @@ def test_what_is_learned_from_and_logged_is_what_happened_online(script, toy_arg
     assert logged == lengths[: len(logged)] and len(logged) >= len(lengths) - 1
 
 
+@pytest.mark.parametrize("name", ["jsrl_gated", "sft_reset"])
+def test_learner_score_is_of_the_learner_alone(name, toy_args, monkeypatch):
+    module = importlib.import_module(name)
+
+    def score(act, *_):
+        alone = isinstance(getattr(act, "__self__", None), module.Explorer)
+        return dict.fromkeys(("return", "normalized_score"), 7.0 if alone else 50.0)
+
+    monkeypatch.setattr(module, "evaluate", score)
+    module.train(module.Args(**toy_args))
+    found = scalars(run_folder(toy_args, name))
+    for tag, value in {"online/normalized_score": 50, "online/learner_score": 7}.items():
+        assert dict(found[tag])[120] == value == dict(found[tag])[20]
+
+
 def test_scalars_and_their_steps(toy_args):
     summary = iql.train(iql.Args(**toy_args))
     found = scalars(run_folder(toy_args))

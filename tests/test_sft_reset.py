@@ -69,6 +69,45 @@ def judged(evaluator, learner, records, step=1, values=None, over=False):
     return evaluator.judge(learner, BATCHES, step, over)
 
 
+# ---- as the online phase begins ----
+
+
+@pytest.mark.parametrize("domain, terminated, may_fall", [
+    ("locomotion", 1, True), ("locomotion", 0, False), ("antmaze", 1, False), ("kitchen", 1, False),
+])  # fmt: skip
+def test_units_of_values_and_where_episodes_can_end_in_a_fall(domain, terminated, may_fall):
+    agent, _, evaluator, _ = make(gamma=0.99)
+    data = {"reward": np.full(200, 2.0), "terminated": np.full(200, terminated)}
+    task = SimpleNamespace(data=data, domain=domain, reward_scale=4.0, ref_min=10.0, ref_max=60.0, episodes=4)
+    evaluator.begin(agent, [np.zeros(OBS, np.float32)] * 64, task, 30.0)
+    assert evaluator.may_fall is may_fall and evaluator.scale == pytest.approx(200)  # |r| over 100 steps
+    # A value of 100 discounted steps is 50 true ones of rewards that are 4 times as large, and 50 points are 100 %.
+    expected = 50 / 100 / 4 * 2 if domain == "locomotion" else math.nan
+    assert evaluator.per_value == pytest.approx(expected, nan_ok=True)
+
+
+def test_fitted_q_evaluation_is_of_either_policy_with_each_networks_own_target():
+    _, learner, evaluator, _ = make(gamma=0.9)
+    with torch.no_grad():
+        for part in (learner.actor, evaluator.fitted, evaluator.fitted_targets):
+            for weight in part.parameters():
+                weight += 0.3 * torch.randn_like(weight)
+    rng = np.random.default_rng(1)
+    batch = {"obs": rng.normal(size=(16, OBS)), "next_obs": rng.normal(size=(16, OBS)), "reward": rng.normal(size=16)}
+    batch |= {"action": rng.uniform(-1, 1, (16, ACTION)), "terminated": np.arange(16) % 3 == 0}
+    batch = {key: torch.from_numpy(value.astype(np.float32)) for key, value in batch.items()}
+    expected = []
+    for i, policy in enumerate((evaluator.retained, learner)):
+        next_q = evaluator.fitted_targets[i](batch["next_obs"], policy.policy(batch["next_obs"]))  # (2, n)
+        backup = batch["reward"] + 0.9 * torch.where(batch["terminated"] == 1, 0.0, next_q)
+        q = evaluator.fitted[i](batch["obs"], batch["action"])
+        loss = sum((q[k] - backup[k].detach()).square().mean() for k in (0, 1)) / 2
+        expected += torch.autograd.grad(loss, list(evaluator.fitted[i].parameters()))
+    evaluator.fit(learner, SimpleNamespace(sample=lambda n, online_share: batch), 1)
+    for weight, gradient in zip(evaluator.fitted.parameters(), expected, strict=True):
+        torch.testing.assert_close(weight.grad, gradient, rtol=1e-4, atol=1e-5)
+
+
 # ---- who acts ----
 
 

@@ -92,6 +92,22 @@ def test_what_is_learned_from_and_logged_is_what_happened_online(script, toy_arg
     assert logged == lengths[: len(logged)] and len(logged) >= len(lengths) - 1
 
 
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_gradient_steps_per_environment_step(script, toy_args, monkeypatch):
+    module, asked = importlib.import_module(script.stem), []
+    run_updates = module.run_updates
+
+    def count(agent, buffer, n, online_share=None):
+        asked.append(n)
+        return run_updates(agent, buffer, n, online_share)
+
+    monkeypatch.setattr(module, "run_updates", count)
+    early = {"jsrl_gated": {"warmup_steps": 40}, "sft_reset": {"window": 2, "segment_steps": 5}}.get(script.stem, {})
+    module.train(module.Args(**toy_args | early | {"utd_ratio": 3, "online_steps": 240}))
+    offline, online = sum(n for n in asked if n != 3), sum(n == 3 for n in asked)
+    assert offline == 40 and 50 < online <= 240
+
+
 @pytest.mark.parametrize("name", ["jsrl_gated", "sft_reset"])
 def test_learner_score_is_of_the_learner_alone(name, toy_args, monkeypatch):
     module = importlib.import_module(name)

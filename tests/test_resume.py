@@ -225,6 +225,27 @@ def test_stopped_by_signals_and_continued_as_it_says(cli, toy_args, tmp_path_fac
     assert_equal_logs(folder, reference)
 
 
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_a_signal_stops_every_script_at_the_end_of_its_episode(script, toy_args, monkeypatch):
+    module, added = importlib.import_module(script.stem), []
+    add = module.ReplayBuffer.add
+
+    def add_and_stop(*row):
+        added.append(1)
+        if len(added) == 20:
+            os.kill(os.getpid(), signal.SIGTERM)
+        add(*row)
+
+    monkeypatch.setattr(module.ReplayBuffer, "add", add_and_stop)
+    args = toy_args | {"exp_name": script.stem, "online_steps": 200, "save_every": 10_000}
+    with pytest.raises(SystemExit) as stopped:
+        module.train(module.Args(**args))
+    progress = torch.load(run_folder(args) / "checkpoint.pt", weights_only=True)["progress"]
+    assert stopped.value.code == 0 and 20 <= progress["online_step"] < 20 + 50 and progress["episode"] >= 1
+    module.train(module.Args(**args | {"resume": True}))
+    assert json.loads((run_folder(args) / "summary.json").read_text())["online_steps"] == 200
+
+
 def test_resuming_a_finished_run_changes_nothing(toy_args):
     first = iql.train(iql.Args(**toy_args))
     folder = run_folder(toy_args)

@@ -3,7 +3,7 @@
 #
 #   ./benchmark.sh                      preset quick: 50k + 25k steps into runs/quick, 35 core-hours: a night on 4 cores
 #   ./benchmark.sh --preset readme      the runs of the README's main table, three seeds of each, 30 core-hours
-#   ./benchmark.sh --preset full        1M + 1M steps, 5 seeds, every task family, every variant (a cluster's work)
+#   ./benchmark.sh --preset full        1M + 1M steps, 5 seeds, D4RL's task families, all variants but cal_ql:fast (a cluster's)
 #   ./benchmark.sh --tasks "hopper-medium" --scripts "jsrl_gated jsrl_gated:open" --seeds "1 2" --online-steps 20000
 #   ./benchmark.sh --dry-run            print what is left to run, one command a line
 #   ./benchmark.sh --slurm --workers 8  the same as job arrays, at most 8 at a time; --sbatch "--gres=gpu:1 --time=8:00:00"

@@ -10,8 +10,9 @@ authors' code:
      the dataset. Returns end with the episode, on locomotion at its time limit too. In D4RL's kitchen a demonstration's
      end is a terminal; in Minari's it is none, and its return goes on as the authors' online returns do.
 [D2] Locomotion and pointmaze have no published setting: both are ours. Adroit is D4RL's, of dense rewards, with CORL's
-     setting, whose scores stay at the floor there, but calibrated online too and without its clip of the gap at -200;
-     the paper's has binary rewards. Kitchen has 256 hidden units, the authors' 512, and 500,000 and 1.5M steps.
+     setting, whose scores stay at the floor there, but calibrated online too, updated after whole episodes and without
+     its clip of the gap at -200; the paper's has binary rewards. Kitchen has 256 hidden units, the authors' 512, and
+     500,000 and 1.5M steps.
 [D3] An online episode that the end of the run cuts short is not learned from; the authors run past that end.
 [D4] Not by default: `--gap-every 4` takes the gap over every fourth state of a batch, as its 30 actions a state are
      most of the arithmetic. Its expectation is the same, if a batch's share of either kind of data divides by 4, and
@@ -622,9 +623,9 @@ class Agent(nn.Module):
         for critic in (self.critic, self.target_critic):
             critic.biases[-1].fill_(value)
 
-    def update(self, batch: dict[str, Tensor], noise: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    def update(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """One gradient step of all networks on a batch of `ReplayBuffer.sample`; returns detached scalars."""
-        losses = self.loss(batch, self.draw_noise(batch["obs"]) if noise is None else noise)
+        losses = self.loss(batch, self.draw_noise(batch["obs"]))
         self.optimizer.zero_grad()
         sum(losses.values()).backward()  # each loss reaches its own network only: one backward, one step
         self.optimizer.step()
@@ -776,7 +777,8 @@ class Run:
             import wandb
 
             names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": self.dir.name}
-            wandb.init(**names, config=settings, sync_tensorboard=True)
+            known = {"id": progress.get("wandb_id"), "resume": "allow"}  # what is resumed goes on there, too
+            progress["wandb_id"] = wandb.init(**names, **known, config=settings, sync_tensorboard=True).id
         purge = {"offline": progress["offline_step"] + 1, "online": progress["online_step"] + bool(progress["steps"])}
         self.writers = {phase: SummaryWriter(self.dir / phase, purge_step=step) for phase, step in purge.items()}
         for writer in self.writers.values():

@@ -15,7 +15,8 @@ Metrics, results and the sources of the hyper-parameters: README.md. Departures 
 [D6] Online, the update of a step comes before its transition is in the buffer, and the first step has none.
 [D7] The transition that a time-out ends is learned from, if its next observation is known; the authors leave it out of
      the dataset.
-[D8] Adroit: exploration without dropout; CORL's has it, and standard deviations down to exp(-20), here exp(-5).
+[D8] Standard deviations down to exp(-5), as the authors'; CORL's (antmaze, adroit) down to exp(-20). Adroit:
+     exploration without dropout, as the authors'; CORL's has it.
 """
 
 import contextlib
@@ -684,7 +685,8 @@ class Run:
             import wandb
 
             names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": self.dir.name}
-            wandb.init(**names, config=settings, sync_tensorboard=True)
+            known = {"id": progress.get("wandb_id"), "resume": "allow"}  # what is resumed goes on there, too
+            progress["wandb_id"] = wandb.init(**names, **known, config=settings, sync_tensorboard=True).id
         purge = {"offline": progress["offline_step"] + 1, "online": progress["online_step"] + bool(progress["steps"])}
         self.writers = {phase: SummaryWriter(self.dir / phase, purge_step=step) for phase, step in purge.items()}
         for writer in self.writers.values():

@@ -6,8 +6,9 @@ of which only the abstract is public to us, on top of Uchendu et al., "Jump-Star
 
 How to read it: `Agent` is IQL (equation numbers of arXiv 2110.06169), the offline learner and then the guide;
 `Explorer` is the online learner, SAC; `Gate` decides who acts; `train`, the last function, is the run from top to
-bottom. Tasks, data, buffer, evaluation and run folder are the same text in all four scripts of CleanO2O. Metrics and
-results: README.md. Our choices:
+bottom. IQL departs from its authors' as in iql_finetune.py ([D1] to [D5], [D7], [D8] there). Tasks, data, buffer,
+evaluation and run folder are the same text in all four scripts of CleanO2O. Metrics and results: README.md. Our
+choices:
 [D1] The guide is the mean action of the offline policy, frozen. At level e it acts until step (1 - e) * its own median
      episode length, the explorer after that: where the guide falls early, the explorer still gets to act.
 [D2] The explorer starts from the guide's mean action (SAC's tanh on the same network) and one small standard deviation,
@@ -53,6 +54,8 @@ results: README.md. Our choices:
 [D11] Nor do they show a rare fall. Where episodes can end in one, what is deployed, or becomes the guide, gains more on
      average than one fall in n + 1 episodes would cost, n being its own. Hopper-expert's explorer was as good as its
      guide, and no better, in 13 episodes, and then fell in seven of ten.
+[D12] `--gate curriculum` and `random` are Jump Start's schedules on all of the above: its explorer is IQL, its batches
+     are three quarters online data, of a buffer of 100,000, and evaluations end its stages, here training episodes do.
 """
 
 import contextlib
@@ -983,7 +986,8 @@ class Run:
             import wandb
 
             names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": self.dir.name}
-            wandb.init(**names, config=settings, sync_tensorboard=True)
+            known = {"id": progress.get("wandb_id"), "resume": "allow"}  # what is resumed goes on there, too
+            progress["wandb_id"] = wandb.init(**names, **known, config=settings, sync_tensorboard=True).id
         purge = {"offline": progress["offline_step"] + 1, "online": progress["online_step"] + bool(progress["steps"])}
         self.writers = {phase: SummaryWriter(self.dir / phase, purge_step=step) for phase, step in purge.items()}
         for writer in self.writers.values():

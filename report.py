@@ -48,8 +48,7 @@ MORE_COLORS = ("#CC79A7", "#E69F00", "#8B5A2B", "#7F3FBF", "#B0A000", "#888888")
 # Of IQL, which the scripts of a pair start from: a comparison is of runs that have the same.
 SHARED = ("hidden", "batch_size", "gamma", "tau", "learning_rate", "expectile", "beta", "dropout", "reward_scale")
 SHARED += ("reward_bias", "normalize_obs")
-REPORTED_AS = {"iql_finetune": "IQL", "cal_ql": "Cal-QL", "jsrl_gated_curriculum": "JSRL curriculum"}
-REPORTED_AS |= {"jsrl_gated_random": "JSRL random"}
+REPORTED_AS = {"iql_finetune": "IQL", "cal_ql": "Cal-QL"}
 
 
 @dataclass
@@ -344,11 +343,11 @@ def marks(rows) -> str:
 def protocol(rows: list[dict]) -> str:
     """What all runs of the tables share."""
     rows, words = kept(rows), []
-    for key in (*PROTOCOL, "versions", "device", "commit"):
+    for key in (*PROTOCOL, "eval_env", "versions", "device", "commit"):
         values = {row[key][:7] + row[key][40:] if key == "commit" else row[key] for row in rows}  # or -dirty
         listed = ", ".join(sorted(f"{int(value):,}" if key in PROTOCOL else value for value in values))
         many = f"{len(values)} different, see per_seed.csv"
-        words.append(f"{key.replace('_', ' ')} {listed if len(values) < 4 else many}")
+        words.append(f"{key.replace('_', ' ')} {listed if len(values) < 4 or key == 'eval_env' else many}")
     return f"{len(rows)} runs; " + "; ".join(words) + "."
 
 
@@ -378,7 +377,7 @@ def main_table(rows: list[dict], reported: list[dict], every_metric: bool = Fals
             show(value["final_score"]),
         ]
         if every_metric:
-            cells += [f"{iqm(select(mine, 'final_score')):.1f}", show(value["lowest_score"])]
+            cells += [show(interval(iqm, [select(mine, "final_score")])), show(value["lowest_score"])]
         cells += [show(value["drop"]), show(value["degradation_area"]), show(value["regret"], 2)]
         cells += [gained(select(mine, "steps_to_gain"))]
         body.append([*cells, published(task, script, int(float(mine[0]["online_steps"])), reported)])

@@ -7,7 +7,7 @@ abstract was public to us: keep the offline evaluation network for action select
 evaluate policies comprehensively, reset parameters periodically. The rest is our reading of the idea. How to read it:
 `Agent` is IQL (equation numbers of arXiv 2110.06169), the offline learner and then the retained pair of policy and Q,
 `Explorer` the online one (SAC), `Evaluator` decides who acts, and `train`, the last function, is the run from top to
-bottom. Metrics: README.md.
+bottom. Metrics: README.md. IQL departs from its authors' as in iql_finetune.py ([D1] to [D5], [D7], [D8] there).
 
 Our choices, and what some of them rest on in results/README.md:
 [D1] Online time is cut into short segments. In some the evaluator selects, action by action; in probes the learner acts
@@ -843,9 +843,9 @@ class Evaluator(nn.Module):
         self.values = [*self.values[-self.args.window :], value]
         self.probe_steps, self.segments, self.segment = self.probe_steps + own * len(reward), self.segments + 1, []
 
-    def fit(self, learner: Explorer, buffer: ReplayBuffer, n: int) -> None:
-        """n gradient steps of fitted Q evaluation of both policies, going on from the values so far. Each network has
-        its own target, so that the spread of the two means something [D7]."""
+    def fit(self, learner: Explorer, buffer: ReplayBuffer, n: int) -> dict[str, Tensor]:
+        """n gradient steps of fitted Q evaluation of both policies, going on from the values so far; returns the last
+        loss. Each network has its own target, so that the spread of the two means something [D7]."""
         for _ in range(n):
             batch, loss = buffer.sample(self.args.batch_size, 0.5), 0.0
             for policy, critic, target in zip((self.retained, learner), self.fitted, self.fitted_targets, strict=True):
@@ -859,6 +859,7 @@ class Evaluator(nn.Module):
             sources, targets = list(self.fitted.parameters()), list(self.fitted_targets.parameters())
             with torch.no_grad():
                 torch._foreach_lerp_(targets, sources, self.args.tau)
+        return {"fitted_loss": loss.detach()}
 
     def judge(self, learner: Explorer, buffer: ReplayBuffer, step: int, over: bool) -> dict[str, float]:
         """After a segment, which may end its episode: stability, margins, estimates, proposal, reset, and what the next
@@ -1220,7 +1221,8 @@ class Run:
             import wandb
 
             names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": self.dir.name}
-            wandb.init(**names, config=settings, sync_tensorboard=True)
+            known = {"id": progress.get("wandb_id"), "resume": "allow"}  # what is resumed goes on there, too
+            progress["wandb_id"] = wandb.init(**names, **known, config=settings, sync_tensorboard=True).id
         purge = {"offline": progress["offline_step"] + 1, "online": progress["online_step"] + bool(progress["steps"])}
         self.writers = {phase: SummaryWriter(self.dir / phase, purge_step=step) for phase, step in purge.items()}
         for writer in self.writers.values():
@@ -1368,7 +1370,7 @@ def train(args: Args) -> dict:
         progress["online_step"] = step
         if evaluator.segment and (over or len(evaluator.segment) == args.segment_steps):
             evaluator.end_segment(learner)
-            fit()
+            run.check("online", step, fit())
             log = evaluator.judge(learner, buffer, step, over)
             run.log("online", step, {f"evaluator/{name}": value for name, value in log.items()})
         if step % args.eval_every == 0 or step == args.online_steps:

@@ -205,7 +205,7 @@ def test_emitted_tags_are_those_documented(toy_args):
 
 def test_weights_and_biases_only_when_asked_for(toy_args, monkeypatch):
     calls = []
-    fake = types.SimpleNamespace(init=lambda **kwargs: calls.append(kwargs))
+    fake = types.SimpleNamespace(init=lambda **kwargs: calls.append(kwargs) or types.SimpleNamespace(id="abc"))
     monkeypatch.setitem(sys.modules, "wandb", None)  # importing it raises ImportError
     short = {"offline_steps": 5, "online_steps": 5, "eval_every": 5, "eval_episodes": 1}
     iql.train(iql.Args(**toy_args | short))
@@ -215,6 +215,8 @@ def test_weights_and_biases_only_when_asked_for(toy_args, monkeypatch):
     assert len(calls) == 1
     assert (calls[0]["project"], calls[0]["entity"], calls[0]["sync_tensorboard"]) == ("project", "entity", True)
     assert calls[0]["name"] == "o2o_toy_medium-v0__tracked__1" and calls[0]["config"]["seed"] == 1
+    iql.train(iql.Args(**toy_args | short | names | {"resume": True}))
+    assert [(call["id"], call["resume"]) for call in calls] == [(None, "allow"), ("abc", "allow")]
 
 
 def test_videos_of_evaluations(toy_args):

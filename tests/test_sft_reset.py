@@ -103,9 +103,17 @@ def test_fitted_q_evaluation_is_of_either_policy_with_each_networks_own_target()
         q = evaluator.fitted[i](batch["obs"], batch["action"])
         loss = sum((q[k] - backup[k].detach()).square().mean() for k in (0, 1)) / 2
         expected += torch.autograd.grad(loss, list(evaluator.fitted[i].parameters()))
-    evaluator.fit(learner, SimpleNamespace(sample=lambda n, online_share: batch), 1)
+    found = evaluator.fit(learner, SimpleNamespace(sample=lambda n, online_share: batch), 1)
+    assert torch.isfinite(found["fitted_loss"])
     for weight, gradient in zip(evaluator.fitted.parameters(), expected, strict=True):
         torch.testing.assert_close(weight.grad, gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_values_that_are_not_finite_stop_the_run(toy_args, monkeypatch, capsys):
+    monkeypatch.setattr(Evaluator, "fit", lambda *_: {"fitted_loss": torch.tensor(math.nan)})
+    with pytest.raises(SystemExit) as stopped:
+        train(Args(**toy_args))
+    assert stopped.value.code == 2 and "fitted_loss nan" in capsys.readouterr().err
 
 
 # ---- who acts ----

@@ -907,7 +907,7 @@ def spied(monkeypatch) -> list[dict]:
 
     def fit(self, learner, buffer, n):
         steps[-1]["fits"].append(n)
-        originals[3](self, learner, buffer, n)
+        return originals[3](self, learner, buffer, n)
 
     monkeypatch.setattr(Evaluator, "propose", propose)
     monkeypatch.setattr(sft_reset, "run_updates", run_updates)

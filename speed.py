@@ -86,11 +86,11 @@ def offline(script: ModuleType, args, mode: Mode, seconds: float) -> tuple[float
 
 def online(script: ModuleType, args) -> float:
     """Environment steps/s of `train`'s online phase, of its last two thirds."""
-    times, check = [], script.Run.check  # once a step, in cal_ql once an update: as many, but an episode's in a row
+    times, check = [], script.Run.check  # of steps with an update; cal_ql makes an episode's updates in a row, as many
 
     def timed(run, phase: str, step: int, losses: dict) -> None:
         check(run, phase, step, losses)
-        if phase == "online":
+        if phase == "online" and "critic_loss" in losses:
             times.append(time.perf_counter())
 
     script.Run.check = timed

@@ -678,13 +678,13 @@ def main(args: Args) -> None:
         name = os.path.relpath(out, args.readme.parent)
         before, after = around(args.readme, name)
     for folder in args.runs:
-        if not (folder / "per_seed.csv").exists() and not any(folder.glob("*/args.json")):
-            fail(f"no run folders in {folder}; give what was --run-dir, or the folder of an earlier report")
         if (folder / "per_seed.csv").exists():
             try:
                 earlier += read_report(folder)
             except (OSError, LookupError, ValueError) as error:
                 fail(f"cannot read the report in {folder} ({error!r}); give the run folders, or restore it from git")
+        elif not any(folder.glob("*/args.json")):
+            fail(f"no run folders in {folder}; give what was --run-dir, or the folder of an earlier report")
     found = merged(read_runs(args.runs), earlier)
     there = sorted({row["script"] for row in found})
     for script in args.scripts:

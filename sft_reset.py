@@ -1,54 +1,63 @@
-"""Offline IQL, then a learner that is trained, probed and reset while the best policy known so far goes on acting.
+"""Offline IQL, then an online learner that is trained, probed and reset while the best policy so far goes on acting.
 
     python sft_reset.py --env-id hopper-medium
 
-After Zhao, Li, Lin, "An Improved Stable Fine-Tuning framework for offline-to-online RL" (2025), of which only the
-abstract was public to us: keep the offline evaluation network for action selection until the new one is stable,
-evaluate policies comprehensively, reset parameters periodically. The rest is our reading of the idea. How to read it:
-`Agent` is IQL (equation numbers of arXiv 2110.06169), the offline learner and then the retained pair of policy and Q,
-`Explorer` the online one (SAC), `Evaluator` decides who acts, and `train`, the last function, is the run from top to
-bottom. Metrics: README.md. IQL departs from its authors' as in iql_finetune.py ([D1] to [D5], [D7], [D8] there).
+After Zhao, Li, Lin, "An Improved Stable Fine-Tuning framework for offline-to-online RL" (2025). Only its abstract was
+public to us: keep the offline evaluation network for action selection until the new one is stable, evaluate policies
+comprehensively, reset parameters periodically. How to do these three is our reading.
 
-Our choices, and what some of them rest on in results/README.md:
-[D1] Online time is cut into short segments. In some the evaluator selects, action by action; in probes the learner acts
-     alone and without noise, as it would be deployed, to the end of its episode: a Q that has not seen what the
-     learner's actions lead to overrates them, and yet looks calibrated, and a fall may come hundreds of steps after
-     what led to it. A probe may begin once TD error and drift are small, and once the new Q is stable others are whole
-     episodes: what it does in states that the retained policy has led to says little of what it would do by itself.
-     There it acts as it was when the episode began. Selected segments have its noise, which is not deployed.
+Deployed is the retained pair, a frozen policy and its Q: IQL's at first. The learner, SAC, starts from it and is
+updated in every step. In training the evaluator picks between the actions of both; now and then the learner acts alone.
+From what the Qs promised and what was obtained it judges whether the new Q is stable and what the learner is worth. A
+learner that looks better is copied; once the copy has proved it in whole episodes, it is the retained pair.
+
+How to read it: `Agent` is IQL (equation numbers of arXiv 2110.06169), `Explorer` the learner, `Retention` decides by
+whole episodes who is retained, `Evaluator` by segments of them who acts, and `train`, the last function, is the run
+from top to bottom. Metrics: README.md. IQL departs from its authors' as in iql_finetune.py ([D1] to [D5], [D7], [D8]
+there). Our choices, some of which rest on runs in results/README.md:
+[D1] Segments. Episodes are cut into short ones. In most of them the evaluator selects, action by action, and the
+     learner's actions have its noise. In probes the learner acts alone and without noise, as it would be deployed, to
+     the end of the episode: a Q that has not seen what the learner's actions lead to overrates them, and yet looks
+     calibrated, and a fall may come hundreds of steps after its cause. A probe may begin once TD error and drift are
+     small. Once the new Q is stable, some whole episodes are the learner's, too, with its weights as they are at the
+     start: what it does in states that the retained policy has led to says little of what it would do by itself.
 [D2] The learner is SAC from the offline policy's mean action, at a fixed small temperature: a learned one ran away.
 [D3] Its critics start as IQL's (LayerNorm critics fitted to IQL's Q on the dataset overrated its actions at once).
      Batches are half dataset, half online. No update before a window of segments.
-[D4] The learner acts in a state only if both critics of the selecting Q promise more than a margin above the retained
-     action: the excess of promised over obtained gains in recent segments, plus its standard error; none, once the new
-     Q is stable, for a learner that seldom acts seldom learns. Where its latest whole episodes gain, that is returned
-     more than the retained policy's by more than their standard error, it acts in every state. Ties are the retained
-     pair's. Where the latest selections lost by more than their standard error it acts alone, until they are five
-     windows old. Selections act in training only; deployed is the retained policy, which gains by replacement [D7]:
-     gains in value are discounted by 0.99 and miss what ends an episode.
-[D5] Stable is a new Q whose TD error, drift at fixed states and excess over k-step returns in probes are small over a
-     window, as long as the latest episodes of no single policy did not return less than the retained policy's by more
-     than two standard errors. It stays so until one of the three exceeds twice its limit or is not known, for want of
-     recent probes. Until then the retained Q selects, under the same rule. To promise less than is obtained does no
-     harm, and SAC's Q does: it is of noisy actions, the lower of two, with a negative entropy.
+[D4] Selection. The learner acts in a state where both critics of the selecting Q promise more than a margin above the
+     retained action. The margin is what promises exceeded the gains obtained by in recent segments, plus its standard
+     error. It is 0 once the new Q is stable, as a learner that seldom acts seldom learns, and the learner acts in every
+     state while its latest whole episodes gain: return more than the retained policy's by more than their standard
+     error. Where the latest selections lost by more than their standard error, the retained policy acts alone until
+     they are five windows old. What is deployed only gains by replacement [D7]: gains in value are discounted by 0.99
+     and miss what ends an episode.
+[D5] Stability. The new Q is stable once three measures are small over a window: its TD error, its drift at fixed
+     states, and by how much its promises in probes exceed k-step returns. It stays so until one of them exceeds twice
+     its limit, or is not known for want of recent probes. It is not where the latest episodes of no single policy
+     returned less than the retained policy's by more than two standard errors. Until then the retained Q selects, by
+     the same rule. To promise less than is obtained does no harm, and SAC's Q does: it is of noisy actions, the lower
+     of two, with a negative entropy.
 [D6] A gain obtained is a sum of TD errors of the retained policy's fitted Q. Whatever is wrong with that Q shows in the
      segments of the retained policy alone and is subtracted.
-[D7] Policy evaluation takes the inverse-variance mean of the critic at start states, fitted Q evaluation there, and its
-     correction by gains obtained. A learner is proposed when its Q is stable, the lower bound of this mean is above the
-     estimate of the pair so far and nothing says that it lost. Discounted values see little of where an episode ends,
-     and a learner may soon lose what it can: so the very weights of its latest whole episode are proposed, too, where
-     that returned more than the upper quartile of the retained policy's, or than their mean while its episodes gain
-     [D4]. Then a frozen copy acts alone in every other episode. It replaces the pair once it has three, returned more
-     on average and a one-sided rank test (Mann-Whitney; its normal approximation where returns tie, as successes do)
-     says that it is better; as soon as it does not return more on average, is in doubt by more than 0.3 after three or
-     still in doubt after ten, it is refused. 8 % of equal copies pass. Where an episode can end early, and that is a
-     failure, it also has to return more by what a fall could cost that its n episodes do not show: the retained return
-     above a random policy's over n + 1; it is refused as soon as it gains less than ten would need. An open proposal
-     gives way to weights whose whole episode returned more than any of its own and of the retained policy's, and, once
-     it has shown less in three than the values promise of the learner by then, to that. After each is a window of
-     segments before values may propose again. The replaced policy is kept, too: every other episode is one of the new
-     one's, whole, until it has ten, or the test leaves no doubt (0.01), and if the former one's returned more on
-     average, it is retained again.
+[D7] Replacement.
+     - A policy's value is the inverse-variance mean of three estimates: its critic at start states, fitted Q evaluation
+       there, and that of the retained policy plus the gains obtained.
+     - A learner is proposed by value: its Q is stable, its lower bound is above the retained pair's estimate, and
+       nothing says that it lost. Or by its latest whole episode, as discounted values see little of where one ends and
+       a learner may soon lose what it can: the very weights that acted there, if it returned more than the upper
+       quartile of the retained policy's, or than their mean while the learner's whole episodes gain.
+     - Then a frozen copy acts alone in every other episode. It is retained once it has three, returned more on average
+       and a one-sided rank test (Mann-Whitney; its normal approximation where returns tie, as successes do) says that
+       it is better. It is refused as soon as it does not return more on average, is in doubt by more than 0.3 after
+       three, or still in doubt after ten. 8 % of equal copies pass.
+     - Where an episode can end early, and that is a failure, a gain also has to exceed what a fall could cost that its
+       n episodes do not show: the retained return above a random policy's, over n + 1. A copy is refused as soon as it
+       gains less than ten would need.
+     - A copy on trial gives way to weights whose whole episode returned more than any of its own and of the retained
+       policy's, and to a learner whose values promise more than it has shown in three. After a trial is a window of
+       segments before values may propose again.
+     - The replaced policy is kept. Every other episode is one of the new one's, whole, until it has ten, or the test
+       leaves no doubt (0.01); if the former one's returned more on average, it is restored.
 [D8] A learner that may rarely act gets few data to correct what it overrates. So its policy loss holds it to the
      retained policy, as TD3+BC (Fujimoto, Gu 2021) does to the data: ever less while it is stable, more while it is
      not. Unless its whole episodes gain [D4], never less than a quarter, nor than twice what it was held by when
@@ -731,16 +740,185 @@ def expect(critic: nn.Module, policy: nn.Module, obs: Tensor) -> np.ndarray:
     return critic(obs, policy.actor(obs)[0]).cpu().double().numpy()
 
 
-class Evaluator(nn.Module):
-    """Who acts, retained pair or learner, and how good each is: in lists of two the first is of the retained pair. It
-    decides between segments of one episode, from what the last ones promised and obtained."""
+RETAINED, PROPOSED, FORMER, LATEST = range(4)  # index `Retention.pairs` and, with NO_ONE, `Retention.returns`
+NO_ONE = -1
+PROBE, SELECTED, CONTROL, WHOLE_CONTROL = 1, 0, -1, -2  # roles of segments: who acted; the retained one in the last two
+
+
+class Retention(nn.Module):
+    """Which policy is retained: whole episodes decide [D7]."""
 
     def __init__(self, learner: Explorer, args: Args):
         super().__init__()
         self.args = args
-        # Of a learner's form, but no update reaches them: the retained pair, the one proposed, the one replaced last,
-        # and the learner as it was when its latest whole episode began.
+        # Of a learner's form, but no update reaches them: the retained pair, the one proposed, the former one (replaced
+        # last) and the learner as it was when its latest whole episode began.
         self.pairs = nn.ModuleList(copy.deepcopy(learner).requires_grad_(False) for _ in range(4))
+        # From here on what is a number, a string or a list is saved with the networks.
+        # Of whole episodes of each of `pairs` alone, the last being the learner's latest ones; then of the latest that
+        # were no one's by plan: there the learner acts alone too where a probe begins with the episode.
+        self.returns = [[], [], [], [], []]
+        self.alone = NO_ONE  # whose the whole episode is
+        self.kind = "select"  # of the segment: select or sample, probe, control; trial: the proposed one's, no segment
+        self.stable = False  # the new Q [D5]
+        self.proving, self.parting = False, False  # a copy is tried; its learner's reset is due
+        self.segments, self.next_proposal = 0, args.window  # ended so far; from then on values may propose
+        self.replaced = self.restored = self.renewed = 0  # `renewed`: the step of the latest replacement or reset
+
+    def begin(self, task: Task, score: float) -> None:
+        self.score = float(score)  # of the retained policy
+        self.per_return, self.ref_min = 100 / (task.ref_max - task.ref_min), task.ref_min
+        known = task.domain not in WRAPPERS  # elsewhere to terminate is good
+        self.may_fall = known and bool(task.data["terminated"].any())
+
+    @property
+    def retained(self) -> Explorer:
+        return self.pairs[RETAINED]
+
+    @property
+    def selecting(self) -> str:
+        """The kind of a segment whose Q selects the actions."""
+        return "sample" if self.args.selection == "softmax" else "select"
+
+    def score_of(self, i: int) -> float:
+        return float(self.per_return * (np.mean(self.returns[i]) - self.ref_min))
+
+    def score_gain(self, i: int) -> tuple[float, float]:
+        """By how much the latest episodes of `returns[i]` returned more than the retained policy's, and its standard
+        error, both in units of the score; nan, inf: too few to say."""
+        own, latest = self.returns[RETAINED], self.returns[i]
+        if len(own) < 3 or len(latest) < self.args.window // 2:
+            return math.nan, math.inf
+        error = math.hypot(*(np.std(returns, ddof=1) / math.sqrt(len(returns)) for returns in (own, latest)))
+        return self.score_of(i) - self.score_of(RETAINED), float(self.per_return * error)
+
+    def prove(self, proposed: Explorer) -> None:
+        """A frozen copy of the learner, as it is or was, is proposed: whole episodes prove it."""
+        if self.args.evaluator == "frozen-until-stable":
+            copy_weights(proposed, self.pairs[PROPOSED])
+            self.proving, self.returns[PROPOSED] = True, []
+
+    def end_episode(self, learner: Explorer, step: int, episode_return: float) -> None:
+        """Whether the former policy is restored, another one proposed, the one proposed retained or refused."""
+        from scipy.stats import mannwhitneyu  # here, so that all scripts import the same on top
+
+        rank_test = partial(mannwhitneyu, alternative="greater")
+        self.returns[self.alone].append(float(episode_return))
+        for i in (LATEST, NO_ONE):
+            self.returns[i] = self.returns[i][-self.args.window // 2 :]
+
+        # Restored: where the new policy's episodes say that the replacement was wrong
+        own, former = self.returns[RETAINED], self.returns[FORMER]
+        if former and (len(own) >= 10 or rank_test(own, former).pvalue <= 0.01):
+            if self.score_of(RETAINED) < self.score_of(FORMER):
+                self.replace(learner, by=FORMER)
+            self.score, self.returns[FORMER] = self.score_of(RETAINED), []
+
+        # Proposed: the very weights of a whole episode that returned more than usual
+        own = self.returns[RETAINED]
+        if self.alone == LATEST and own:
+            score_gain, error = self.score_gain(LATEST)
+            usual = np.mean(own) if score_gain > error else np.quantile(own, 0.75)
+            if episode_return > (max(own + self.returns[PROPOSED]) if self.proving else usual):
+                self.prove(self.pairs[LATEST])
+
+        # Retained, or refused: by the episodes of the copy that is tried
+        tried = self.returns[PROPOSED]
+        if tried:
+            gain = float(np.mean(tried) - np.mean(own))
+            p_value = rank_test(tried, own).pvalue if len(tried) >= 3 else 0.0
+            fall = max(float(np.mean(own)) - self.ref_min, 0.0) if self.may_fall else 0.0
+            sure = bool(p_value <= 1 - self.args.replace_confidence)
+            better = len(tried) >= 3 and gain > fall / (len(tried) + 1) and sure
+            if better or gain <= fall / (10 + 1) or p_value > 0.3 or len(tried) == 10:
+                self.next_proposal = self.segments + self.args.window
+                if better:
+                    self.replace(learner, by=PROPOSED)
+                    self.renewed, self.parting = step, False
+                self.proving, self.returns[PROPOSED] = False, []
+        self.next_episode(learner)
+
+    def next_episode(self, learner: Explorer) -> None:
+        """Whether it is wholly one policy's: the retained one's three times at first, and every other time after a
+        replacement, until that is settled; while a learner is proving, its copy's every other time, and the retained
+        one's between until five are known of it; else, once its Q is stable, the learner's own now and then, and twice
+        as often until enough of them are known."""
+        known, last, self.alone = len(self.returns[RETAINED]), self.alone, NO_ONE
+        whole_rate = self.args.whole_rate * (1 if len(self.returns[LATEST]) >= self.args.window // 2 else 2)
+        if self.args.evaluator == "frozen-until-stable" and known < 3:
+            self.alone = RETAINED
+        elif self.proving and last != PROPOSED:
+            self.alone = PROPOSED
+        elif last != RETAINED and (self.returns[FORMER] or (self.proving and known < 5)):
+            self.alone = RETAINED
+        elif self.stable and np.random.rand() < whole_rate:
+            self.alone = LATEST
+            copy_weights(learner, self.pairs[LATEST])
+        kinds = {RETAINED: "control", PROPOSED: "trial", LATEST: "probe"}
+        self.kind = kinds.get(self.alone, self.selecting if self.kind == "trial" else self.kind)
+
+    def replace(self, learner: Explorer, by: int) -> None:
+        """The proposed or the former pair is retained from now on."""
+        self.replaced, self.restored = self.replaced + (by == PROPOSED), self.restored + (by == FORMER)
+        if by == PROPOSED:
+            copy_weights(self.retained, self.pairs[FORMER])
+            self.returns[FORMER] = self.returns[RETAINED]
+        copy_weights(self.pairs[by], self.retained)
+        copy_weights(self.retained.actor.net, learner.anchor_net)
+        self.score, self.returns[RETAINED], self.returns[by] = self.score_of(by), self.returns[by], []
+        self.returns[NO_ONE] = []
+        if by == PROPOSED:  # what the learner returned before is not of now; its copy's are the nearest
+            self.returns[LATEST] = self.returns[RETAINED][-self.args.window // 2 :]
+
+
+class Evidence:
+    """The segments on record as columns, one entry a segment, and which of them a judgement looks back on."""
+
+    def __init__(self, records: list[dict[str, float]], window: int):
+        self.columns = {name: np.array([row[name] for row in records]) for name in records[0]}
+        self.weight, self.acted, gain, role = (self.columns[name] for name in ("weight", "acted", "gain", "role"))
+        present = np.isfinite(gain)  # over the policy that is retained now
+        recent = np.cumsum(role[::-1] > WHOLE_CONTROL)[::-1] <= 5 * window  # by its whole episodes nothing gets older
+        self.enough = window // 2
+        self.controls = np.flatnonzero(present & (role < SELECTED))[-2 * window :]
+        self.mixed = np.flatnonzero(present & (self.acted > 0))[-2 * window :]
+        self.probes = np.flatnonzero(recent & (role == PROBE))[-window:]
+        self.selected = np.flatnonzero(recent & present & (role == SELECTED))[-window:]
+        self.measured = self.probes[present[self.probes]]
+        # The retained policy gains nothing over itself: what its segments show is the fitted Q's error [D6]
+        bias, self.doubt = self.mean("gain", self.controls)
+        self.net = gain - bias * self.weight
+
+    def mean(self, name: str, rows: np.ndarray) -> np.ndarray:
+        """Of a column, per discounted step, and its standard error."""
+        return ratio(self.columns[name][rows], self.weight[rows])
+
+    def knows(self, rows: np.ndarray) -> bool:
+        return min(len(self.controls), len(rows)) >= self.enough
+
+    def gain(self, rows: np.ndarray) -> tuple[float, float]:
+        """What these segments gained over the retained policy, per discounted step, and its standard error; nan, inf:
+        too few to say."""
+        if not self.knows(rows):
+            return math.nan, math.inf
+        obtained, error = ratio(self.net[rows], self.weight[rows])
+        return float(obtained), math.hypot(error, self.doubt)
+
+    def margin(self, promised: np.ndarray) -> float:
+        """By how much promises exceeded what was gained, per step in which the learner acted, plus its standard error
+        [D4]."""
+        rows = self.mixed
+        excess, error = ratio(promised[rows] - self.net[rows], self.acted[rows])
+        doubt = self.doubt * self.weight[rows].sum() / self.acted[rows].sum()
+        return float(max(excess, 0.0) + math.hypot(error, doubt))
+
+
+class Evaluator(Retention):
+    """Who acts, retained pair or learner, and how good each is: in lists of two the first is of the retained pair. It
+    decides between segments of one episode, from what the last ones promised and obtained."""
+
+    def __init__(self, learner: Explorer, args: Args):
+        super().__init__(learner, args)
         self.fitted = nn.ModuleList(copy.deepcopy(learner.critic) for _ in range(2))
         self.fitted_targets = copy.deepcopy(self.fitted).requires_grad_(False)
         trained = self.fitted.parameters()
@@ -748,48 +926,32 @@ class Evaluator(nn.Module):
         self.graphs = {}  # of `promises`, by the noise
         obs_dim = learner.actor.net[0].in_features
         self.register_buffer("starts", torch.zeros(64, obs_dim))  # observations that begin episodes
-        # From here on what is a number, a string or a list is saved with the networks.
+        # Saved, too, as above
         self.most_hold = 0.0 if args.evaluator == "online" else args.hold
-        self.kind, self.stable, self.recovering = "select", False, False
-        self.segments = self.stable_segments = self.probe_steps = 0
-        self.replaced = self.restored = self.resets = self.renewed = 0
-        self.proving, self.parting, self.next_proposal = False, False, args.window
-        self.alone = -1  # whose the whole episode is, an index of `returns`; -1: no one's
         self.hold, self.least_hold = 1.0, 0.25  # shares of the most that the learner is held by [D8]
-        # Of whole episodes of each of `pairs` alone, of the learner's latest ones and of the latest that were no one's
-        # by plan: there the learner acts alone too where a probe begins with the episode.
-        self.returns = [[], [], [], [], []]
+        self.recovering, self.resets = False, 0  # from a reset [D9]
+        self.stable_segments = self.probe_steps = 0
         self.records, self.segment, self.values, self.history = [], [], [], []
         self.margins = [math.inf, math.inf]
         self.estimates = [[0.0, 0.0], [math.inf, math.inf]]  # value and its standard error; inf: not known yet
 
     def begin(self, agent: Agent, starts: list[np.ndarray], task: Task, score: float) -> None:
         """The online phase begins: what was trained so far is retained."""
+        super().begin(task, score)
         self.retained.warm_start(agent)
         copy_weights(agent.critic, *self.fitted, *self.fitted_targets)
         self.starts.copy_(torch.from_numpy(np.stack(starts)))
-        self.horizon, self.score = 1 / (1 - self.args.gamma), float(score)  # effective; of the retained policy
-        self.per_return, self.ref_min = 100 / (task.ref_max - task.ref_min), task.ref_min
+        self.horizon = 1 / (1 - self.args.gamma)  # effective
         self.next_episode(self.retained)
         self.scale = float(np.abs(task.data["reward"]).mean()) * self.horizon + 1e-6  # the unit of the limits
         steps = len(task.data["reward"]) / task.episodes
-        known = task.domain not in WRAPPERS  # there a value counts steps, not successes, and to terminate is good
-        self.may_fall = known and bool(task.data["terminated"].any())
+        known = task.domain not in WRAPPERS  # elsewhere a value counts steps, not successes
         self.per_value = float(steps / self.horizon / task.reward_scale * self.per_return) if known else math.nan
-
-    @property
-    def retained(self) -> Explorer:
-        return self.pairs[0]
 
     @property
     def active(self) -> int:
         """Whose Q selects."""
         return {"offline": 0, "online": 1}.get(self.args.evaluator, int(self.stable))
-
-    @property
-    def selecting(self) -> str:
-        """The kind of a segment whose Q selects the actions."""
-        return "sample" if self.args.selection == "softmax" else "select"
 
     def promises(self, learner: Explorer, obs: Tensor, noise: float) -> Tensor:
         """Both actions in one state, flat. Then the gain of the learner's over the retained one that the more doubtful
@@ -827,18 +989,19 @@ class Evaluator(nn.Module):
         own, gamma, ends = int(self.kind == "probe"), self.args.gamma, torch.stack([obs[0], next_obs[-1]])
         pair, discount = (self.retained, learner)[own], gamma ** np.arange(len(reward))
         obtained, rest = discount @ reward, gamma ** len(reward) * (1 - terminated[-1])
-        gain = obtained + expect(self.fitted[0], self.retained, ends).mean(0) @ [-1, rest]
-        critic_error = gains[0, 2 + own] - obtained - rest * expect(pair.target_critic, pair, ends).mean(0)[1]
-        fitted_error = expect(self.fitted[own], pair, ends).mean(0) @ [1, -rest] - obtained
         backup = reward + gamma * (1 - terminated) * expect(learner.target_critic, learner, next_obs).mean(0)
         with torch.no_grad():
-            td_error = np.abs(backup - learner.target_critic(obs, action).mean(0).cpu().numpy()).mean() / self.scale
-        promised = (discount * acted) @ gains[:, :2]
+            td_error = np.abs(backup - learner.target_critic(obs, action).mean(0).cpu().numpy())
+        row = {"weight": discount.sum(), "acted": discount @ acted}
+        row["promised_by_retained"], row["promised_by_learner"] = (discount * acted) @ gains[:, :2]
+        row["gain"] = obtained + expect(self.fitted[0], self.retained, ends).mean(0) @ [-1, rest]
+        row["critic_error"] = gains[0, 2 + own] - obtained - rest * expect(pair.target_critic, pair, ends).mean(0)[1]
+        row["fitted_error"] = expect(self.fitted[own], pair, ends).mean(0) @ [1, -rest] - obtained
+        row["td_error"] = td_error.mean() / self.scale
         alone = self.kind == "control" or self.margins[self.active] == math.inf  # only the retained policy could act
-        # 1: a probe, 0: selected, below 0: the retained policy alone, and -2 in the whole episode
-        role = 1 if own else -2 if self.alone == 0 else -1 if alone else 0
-        row = [discount.sum(), discount @ acted, *promised, gain, critic_error, fitted_error, td_error, role]
-        self.records = [*self.records[-50 * self.args.window :], [float(number) for number in row]]
+        row["role"] = PROBE if own else WHOLE_CONTROL if self.alone == RETAINED else CONTROL if alone else SELECTED
+        row = {name: float(number) for name, number in row.items()}
+        self.records = [*self.records[-50 * self.args.window :], row]
         value = float(expect(learner.target_critic, learner, self.starts).mean() / self.scale)
         self.values = [*self.values[-self.args.window :], value]
         self.probe_steps, self.segments, self.segment = self.probe_steps + own * len(reward), self.segments + 1, []
@@ -863,213 +1026,135 @@ class Evaluator(nn.Module):
 
     def judge(self, learner: Explorer, buffer: ReplayBuffer, step: int, over: bool) -> dict[str, float]:
         """After a segment, which may end its episode: stability, margins, estimates, proposal, reset, and what the next
-        segment is for."""
-        args, window, enough = self.args, self.args.window, self.args.window // 2
+        segment is for; returns what to log."""
+        args, evidence = self.args, Evidence(self.records, self.args.window)
         due = bool(args.reset_every) and step - self.renewed >= args.reset_every
-        weight, acted, *promised, gain, critic_error, fitted_error, td_error, role = np.array(self.records).T
-        present = np.isfinite(gain)  # over the policy that is retained now
-        controls, mixed = (np.flatnonzero(present & rows)[-2 * window :] for rows in (role < 0, acted > 0))
-        recent = np.cumsum(role[::-1] > -2)[::-1] <= 5 * window  # whole episodes of the retained policy age nothing
-        probes, selected = (np.flatnonzero(recent & rows)[-window:] for rows in (role > 0, present & (role == 0)))
-        log, self.margins = {"learner_share": acted[-1] / weight[-1]}, [math.inf, math.inf]
-
-        # Stability [D5]
-        if len(self.values) > window:
-            log["td_error"], log["drift"] = td_error[-window:].mean(), abs(self.values[-1] - self.values[-1 - window])
-        if len(probes) >= enough:
-            excess, error = ratio(critic_error[probes] / self.scale, np.ones(len(probes)))
-            log["calibration"] = max(excess, 0.0) + error
-        limits = {"td_error": args.td_limit, "drift": args.drift_limit}
-        healthy = within(log, limits, 2.0)
-        passed = within(log, limits | {"calibration": args.calibration_limit}, 2.0 if self.stable else 1.0)
-        loss, error = self.score_gain(4)
-        fell = loss < -2 * error
-        if self.stable and fell:
-            self.least_hold = min(2 * max(self.hold, 0.25), 1.0)
-        elif self.stable and loss > -error:
-            self.least_hold = max(0.97 * self.least_hold, 0.25)
-        self.stable = passed and not fell
-        self.stable_segments += self.stable
-        self.recovering = self.recovering and not self.stable and step - self.renewed < args.reset_every // 2
-
-        # Margins [D4]; the retained policy gains nothing over itself [D6]
-        probes = probes[present[probes]]
-        bias, doubt = ratio(gain[controls], weight[controls])
-        net = gain - bias * weight
-        if min(len(controls), len(mixed)) >= enough:
-            errors = [ratio(promise[mixed] - net[mixed], acted[mixed]) for promise in promised]
-            doubts = doubt * weight[mixed].sum() / acted[mixed].sum()
-            self.margins = [float(max(excess, 0.0) + math.hypot(error, doubts)) for excess, error in errors]
-        score_gain = self.score_gain(3)
-        better = score_gain[0] > score_gain[1]
-        if self.stable:
-            self.margins[1] = -math.inf if better else 0.0
-        if min(len(controls), len(selected)) >= enough:
-            obtained, error = ratio(net[selected], weight[selected])
-            if obtained < -math.hypot(error, doubt):
-                self.margins = [math.inf, math.inf]
+        log, healthy = self.test_stability(evidence, step)
+        log["learner_share"] = evidence.acted[-1] / evidence.weight[-1]
 
         # What the latest probes gained: in score, by whole episodes, and in value, by segments
-        gains = [score_gain, (math.nan, math.inf)]
-        if min(len(controls), len(probes)) >= enough:
-            obtained, error = ratio(net[probes], weight[probes])
-            gains[1] = float(obtained), math.hypot(error, doubt)
-        for name, (obtained, error) in zip(("score_gain", "learner_gain"), gains, strict=True):
-            log |= {name: obtained, f"{name}_error": error} if math.isfinite(error) else {}
+        by_score, by_value = self.score_gain(LATEST), evidence.gain(evidence.measured)
+        for name, (gain, error) in {"score_gain": by_score, "learner_gain": by_value}.items():
+            log |= {name: gain, f"{name}_error": error} if math.isfinite(error) else {}
+        better, lost = by_score[0] > by_score[1], by_value[0] < 0 or by_score[0] < -by_score[1]
+        self.set_margins(evidence, better)
 
         # Let the learner go while it is stable, hold it while it is not [D8]
         least = 0.0 if better else self.least_hold
         self.hold = min(max(self.hold * (0.97 if self.stable else 1.1), least), 1.0)
         learner.anchor.fill_(self.most_hold * self.hold)
 
-        # Policy evaluation [D7]
-        if min(len(controls), len(probes)) >= enough:
-            base = expect(self.fitted[0], self.retained, self.starts).mean()
-            sides = ("retained", self.retained, controls), ("learner", learner, probes)
-            for i, (policy_name, policy, rows) in enumerate(sides):
-                sources = [self.horizon * ratio(gain[rows], weight[rows]) + [base, 0.0]]
-                for critic, error in ((policy.target_critic, critic_error), (self.fitted[i], fitted_error)):
-                    value, doubt = expect(critic, policy, self.starts).mean(1), ratio(error[rows], weight[rows])
-                    sources.append([value.mean(), value.std() + self.horizon * np.abs(doubt).sum()])
-                self.estimates[i] = list(combine(sources))
-                for name, (value, doubt) in zip(("obtained", "critic", "fitted"), sources, strict=True):
-                    log |= {f"{policy_name}_{name}": value, f"{policy_name}_{name}_error": doubt}
-            (retained, retained_error), (value, error) = self.estimates
-            lower = value - args.bound_errors * error
-            log |= {"retained_value": retained, "retained_error": retained_error}
-            log |= {"learner_value": value, "learner_error": error, "learner_lower": lower}
-            by_score, by_value = gains
-            lost = by_value[0] < 0 or by_score[0] < -by_score[1]
+        # Propose a learner whose values promise that it is better [D7]; a last time before its reset [D9]
+        self.estimates[1] = [math.inf, math.inf]  # of an older learner, or none
+        if evidence.knows(evidence.measured):
+            log |= self.evaluate_policies(learner, evidence)
+            promised = log["learner_lower"] - log["retained_value"]
             ready = (due and not self.parting) or (self.stable and self.segments >= self.next_proposal)
-            promising = lower > retained and not lost
-            trial = self.score_of(1) - self.score_of(0) if len(self.returns[1]) >= 3 else math.inf
-            outgrown = promising and self.per_value * (lower - retained) > trial
-            if outgrown or (promising and ready and not self.proving):
+            shown = self.score_of(PROPOSED) - self.score_of(RETAINED) if len(self.returns[PROPOSED]) >= 3 else math.inf
+            outgrown = self.per_value * promised > shown  # the learner, the copy of it that is tried
+            if promised > 0 and not lost and (outgrown or (ready and not self.proving)):
                 self.prove(learner)
                 self.parting = due
-        else:
-            self.estimates[1] = [math.inf, math.inf]  # of an older learner, or none
-
-        # Reset [D9]
         if due and not self.proving:
-            reset(learner, buffer.sample(max(args.batch_size, 2), 0.5))  # what was known of it is forgotten
-            if self.alone == 3:  # nor is its episode the new weights'
-                self.alone = -1
-            learner.anchor.fill_(self.most_hold)
-            self.records, self.values, self.margins = [row for row in self.records if row[-1] < 0], [], [math.inf] * 2
-            self.hold, self.least_hold, self.returns[3:], self.estimates[1] = 1.0, 0.25, [[], []], [math.inf, math.inf]
-            self.stable, healthy, self.recovering, self.parting = False, False, True, False
-            self.renewed, self.resets = step, self.resets + 1
+            self.reset_learner(learner, buffer, step)
+            healthy = False
         if args.evaluator == "online":
             self.margins[1] = 0.0  # the new Q has its way
-        draw = np.random.rand()
-        control = self.margins[self.active] < math.inf and draw > 1 - args.control_share
-        probe = healthy and (draw < args.probe_rate or (self.kind == "probe" and not over))
-        self.kind = "probe" if probe else "control" if control else self.selecting
-        if not over and self.alone == 0:
-            self.kind = "control"
-        elif not over and self.alone == 3 and not probe:
-            self.alone = -1
+        self.next_segment(healthy, over)
         log |= {"margin": float(np.clip(self.margins[self.active], -self.scale, self.scale)), "hold": self.hold}
-        log |= {"stable": self.stable, "recovering": self.recovering, "probe_steps": self.probe_steps}
-        log |= {"proving": self.proving}
-        return log | {"replaced": self.replaced, "restored": self.restored, "resets": self.resets}
+        names = "stable", "recovering", "probe_steps", "proving", "replaced", "restored", "resets"
+        return log | {name: getattr(self, name) for name in names}
 
-    def score_gain(self, i: int) -> tuple[float, float]:
-        """By how much the latest episodes of `returns[i]` returned more than the retained policy's, and its standard
-        error, both in units of the score [D7]."""
-        own, latest = self.returns[0], self.returns[i]
-        if len(own) < 3 or len(latest) < self.args.window // 2:
-            return math.nan, math.inf
-        error = math.hypot(*(np.std(returns, ddof=1) / math.sqrt(len(returns)) for returns in (own, latest)))
-        return self.score_of(i) - self.score_of(0), float(self.per_return * error)
+    def test_stability(self, evidence: Evidence, step: int) -> tuple[dict[str, float], bool]:
+        """Of the new Q: what its test measures, and whether TD error and drift are small enough for probes [D5]."""
+        args, window, log = self.args, self.args.window, {}
+        if len(self.values) > window:
+            log["td_error"] = evidence.columns["td_error"][-window:].mean()
+            log["drift"] = abs(self.values[-1] - self.values[-1 - window])
+        if len(evidence.probes) >= evidence.enough:
+            excess = evidence.columns["critic_error"][evidence.probes] / self.scale
+            mean, error = ratio(excess, np.ones(len(excess)))
+            log["calibration"] = max(mean, 0.0) + error
+        limits = {"td_error": args.td_limit, "drift": args.drift_limit}
+        healthy = within(log, limits, 2.0)
+        passed = within(log, limits | {"calibration": args.calibration_limit}, 2.0 if self.stable else 1.0)
+        gain, error = self.score_gain(NO_ONE)
+        fell = gain < -2 * error
+        if self.stable and fell:  # held by more from now on [D8]
+            self.least_hold = min(2 * max(self.hold, 0.25), 1.0)
+        elif self.stable and gain > -error:
+            self.least_hold = max(0.97 * self.least_hold, 0.25)
+        self.stable = passed and not fell
+        self.stable_segments += self.stable
+        self.recovering = self.recovering and not self.stable and step - self.renewed < args.reset_every // 2
+        return log, healthy
 
-    def prove(self, proposed: Explorer) -> None:
-        """A frozen copy of the learner, as it is or was, is proposed: whole episodes prove it [D7]."""
-        if self.args.evaluator == "frozen-until-stable":
-            copy_weights(proposed, self.pairs[1])
-            self.proving, self.returns[1] = True, []
+    def set_margins(self, evidence: Evidence, better: bool) -> None:
+        """What each Q has to promise before the learner acts [D4]; `better`: its whole episodes gain."""
+        self.margins = [math.inf, math.inf]
+        if evidence.knows(evidence.mixed):
+            names = "promised_by_retained", "promised_by_learner"
+            self.margins = [evidence.margin(evidence.columns[name]) for name in names]
+        if self.stable:
+            self.margins[1] = -math.inf if better else 0.0
+        gain, error = evidence.gain(evidence.selected)
+        if gain < -error:
+            self.margins = [math.inf, math.inf]
 
-    def end_episode(self, learner: Explorer, step: int, episode_return: float) -> None:
-        """Whether the proposed learner is retained, or another proposed [D7]."""
-        from scipy.stats import mannwhitneyu  # here, so that all scripts import the same on top
+    def evaluate_policies(self, learner: Explorer, evidence: Evidence) -> dict[str, float]:
+        """Set `estimates` of both policies' values at start states, from three sources [D7]; returns what to log."""
+        log, base = {}, expect(self.fitted[0], self.retained, self.starts).mean()
+        sides = ("retained", self.retained, evidence.controls), ("learner", learner, evidence.measured)
+        for i, (policy_name, policy, rows) in enumerate(sides):
+            sources = {"obtained": self.horizon * evidence.mean("gain", rows) + [base, 0.0]}
+            for name, critic in {"critic": policy.target_critic, "fitted": self.fitted[i]}.items():
+                value, error = expect(critic, policy, self.starts).mean(1), evidence.mean(f"{name}_error", rows)
+                sources[name] = [value.mean(), value.std() + self.horizon * np.abs(error).sum()]
+            self.estimates[i] = list(combine(list(sources.values())))
+            for name, (value, error) in sources.items():
+                log |= {f"{policy_name}_{name}": value, f"{policy_name}_{name}_error": error}
+            log[f"{policy_name}_value"], log[f"{policy_name}_error"] = self.estimates[i]
+        log["learner_lower"] = log["learner_value"] - self.args.bound_errors * log["learner_error"]
+        return log
 
-        self.returns[self.alone].append(float(episode_return))
-        for i in (3, 4):
-            self.returns[i] = self.returns[i][-self.args.window // 2 :]
-        rank_test = partial(mannwhitneyu, alternative="greater")
-        old, new, former, *_ = self.returns
-        if former and (len(old) >= 10 or rank_test(old, former).pvalue <= 0.01):
-            if self.score_of(0) < self.score_of(2):
-                self.replace(learner, by=2)
-            self.score, self.returns[2] = self.score_of(0), []
-        old = self.returns[0]
-        if self.alone == 3 and old:
-            score_gain, error = self.score_gain(3)
-            usual = np.mean(old) if score_gain > error else np.quantile(old, 0.75)
-            if episode_return > (max(old + new) if self.proving else usual):
-                self.prove(self.pairs[3])
-        new = self.returns[1]
-        if new:
-            gain = float(np.mean(new) - np.mean(old))
-            p_value = rank_test(new, old).pvalue if len(new) >= 3 else 0.0
-            fall = max(float(np.mean(old)) - self.ref_min, 0.0) if self.may_fall else 0.0
-            sure = bool(p_value <= 1 - self.args.replace_confidence)
-            better = len(new) >= 3 and gain > fall / (len(new) + 1) and sure
-            if better or gain <= fall / (10 + 1) or p_value > 0.3 or len(new) == 10:
-                self.next_proposal = self.segments + self.args.window
-                if better:
-                    self.replace(learner, by=1)
-                    self.renewed, self.parting = step, False
-                self.proving, self.returns[1] = False, []
-        self.next_episode(learner)
+    def reset_learner(self, learner: Explorer, buffer: ReplayBuffer, step: int) -> None:
+        """The learner's weights, and everything that was known of them [D9]."""
+        reset(learner, buffer.sample(max(self.args.batch_size, 2), 0.5))
+        learner.anchor.fill_(self.most_hold)
+        self.records, self.values = [row for row in self.records if row["role"] < SELECTED], []
+        self.margins, self.estimates[1] = [math.inf, math.inf], [math.inf, math.inf]
+        self.hold, self.least_hold, self.returns[LATEST:] = 1.0, 0.25, [[], []]
+        if self.alone == LATEST:  # nor is its episode the new weights'
+            self.alone = NO_ONE
+        self.stable, self.recovering, self.parting = False, True, False
+        self.renewed, self.resets = step, self.resets + 1
 
-    def next_episode(self, learner: Explorer) -> None:
-        """Whether it is wholly one policy's: the retained one's three times at first, and every other time after a
-        replacement, until that is settled; while a learner is proving, its copy's every other time, and the retained
-        one's between until five are known of it; else, once its Q is stable, the learner's own now and then, and twice
-        as often until enough of them are known."""
-        known, last, self.alone = len(self.returns[0]), self.alone, -1
-        whole_rate = self.args.whole_rate * (1 if len(self.returns[3]) >= self.args.window // 2 else 2)
-        if self.args.evaluator == "frozen-until-stable" and known < 3:
-            self.alone = 0
-        elif self.proving and last != 1:
-            self.alone = 1
-        elif last != 0 and (self.returns[2] or (self.proving and known < 5)):
-            self.alone = 0
-        elif self.stable and np.random.rand() < whole_rate:
-            self.alone = 3
-            copy_weights(learner, self.pairs[3])
-        kinds = {0: "control", 1: "trial", 3: "probe"}
-        self.kind = kinds.get(self.alone, self.selecting if self.kind == "trial" else self.kind)
+    def next_segment(self, healthy: bool, over: bool) -> None:
+        """Its kind: a probe where one may begin or goes on, control, or selected [D1]; `end_episode` may change it."""
+        draw = np.random.rand()
+        control = self.margins[self.active] < math.inf and draw > 1 - self.args.control_share
+        probe = healthy and (draw < self.args.probe_rate or (self.kind == "probe" and not over))
+        self.kind = "probe" if probe else "control" if control else self.selecting
+        if not over and self.alone == RETAINED:
+            self.kind = "control"
+        elif not over and self.alone == LATEST and not probe:
+            self.alone = NO_ONE
 
     def replace(self, learner: Explorer, by: int) -> None:
-        """The proposed (1) or the former pair (2) is retained from now on; what was measured against the last one is
-        forgotten."""
-        self.replaced, self.restored = self.replaced + (by == 1), self.restored + (by == 2)
-        if by == 1:
-            copy_weights(self.retained, self.pairs[2])
-            self.returns[2] = self.returns[0]
+        """What was measured against the last policy is forgotten, too."""
+        super().replace(learner, by)
+        if by == PROPOSED:
             for critics in (self.fitted, self.fitted_targets):
                 copy_weights(critics[1], critics[0])
-        copy_weights(self.pairs[by], self.retained)
-        copy_weights(self.retained.actor.net, learner.anchor_net)
-        self.score, self.returns[0], self.returns[by] = self.score_of(by), self.returns[by], []
-        self.margins, self.estimates[1] = [math.inf, math.inf], [math.inf, math.inf]
-        self.returns[4], self.least_hold = [], 0.25
-        if by == 1:  # what it returned before is not of now; the copy's are the nearest
-            self.returns[3] = self.returns[0][-self.args.window // 2 :]
+        self.margins, self.estimates[1], self.least_hold = [math.inf, math.inf], [math.inf, math.inf], 0.25
         for row in self.records:
-            row[4] = math.nan
-
-    def score_of(self, i: int) -> float:
-        return float(self.per_return * (np.mean(self.returns[i]) - self.ref_min))
+            row["gain"] = math.nan
 
     def predicted_score(self) -> float:
         """The learner's score as policy evaluation sees it: by its latest whole episodes, if there are any to speak of,
         else that of the retained policy and the gain in value over it."""
-        if math.isfinite(self.score_gain(3)[1]):
-            return self.score_of(3)
+        if math.isfinite(self.score_gain(LATEST)[1]):
+            return self.score_of(LATEST)
         return float(self.score + self.per_value * (self.estimates[1][0] - self.estimates[0][0]))
 
     def summary(self) -> dict:
@@ -1359,7 +1444,8 @@ def train(args: Args) -> dict:
         updates = args.recovery_ratio if evaluator.recovering else 1
         for _ in range(updates if evaluator.segments >= args.window else 0):
             losses = update()  # launched before the environment steps: a GPU works meanwhile
-        action = evaluator.pairs[evaluator.alone].act(obs) if evaluator.alone in (1, 3) else actions[turn]  # [D1] [D7]
+        copied = evaluator.alone in (PROPOSED, LATEST)  # [D1] [D7]
+        action = evaluator.pairs[evaluator.alone].act(obs) if copied else actions[turn]
         next_obs, reward, terminated, truncated, info = env.step(action)
         row = (obs, action, next_obs, task.transform_reward(reward), terminated)
         buffer.add(*row)

@@ -13,6 +13,15 @@ import torch
 
 import sft_reset
 from sft_reset import (
+    CONTROL,
+    FORMER,
+    LATEST,
+    NO_ONE,
+    PROBE,
+    PROPOSED,
+    RETAINED,
+    SELECTED,
+    WHOLE_CONTROL,
     Agent,
     Args,
     CudaGraph,
@@ -55,17 +64,19 @@ def make(**options):
 
 def row(gain=0.0, promised=(0.0, 0.0), acted=True, probe=True, error=0.0, td_error=0.0, weight=1.0):
     """A segment of `weight` discounted steps: what `Evaluator.records` keeps of it."""
-    role = 1.0 if probe else 0.0 if acted else -1.0
-    return [weight, weight * acted, *promised, gain, error, error, td_error, role]
+    promises = dict(zip(("promised_by_retained", "promised_by_learner"), promised, strict=True))
+    errors = {"critic_error": error, "fitted_error": error, "td_error": td_error}
+    role = PROBE if probe else SELECTED if acted else CONTROL
+    return {"weight": weight, "acted": weight * acted, "gain": gain, "role": role} | promises | errors
 
 
-CONTROL = {"acted": False, "probe": False}
+ALONE = {"acted": False, "probe": False}
 BATCHES = make()[3]
 
 
 def judged(evaluator, learner, records, step=1, values=None, over=False):
-    evaluator.records, evaluator.segments = [list(map(float, r)) for r in records], len(records)
-    evaluator.values, evaluator.alone = values or [1.0] * (evaluator.args.window + 1), -1
+    evaluator.records, evaluator.segments = [dict(r) for r in records], len(records)
+    evaluator.values, evaluator.alone = values or [1.0] * (evaluator.args.window + 1), NO_ONE
     return evaluator.judge(learner, BATCHES, step, over)
 
 
@@ -180,7 +191,7 @@ def test_the_more_doubtful_critic_promises():
 
 def test_margin_is_what_promises_exceeded_gains_by_and_grows_with_it():
     _, learner, evaluator, _ = make(td_limit=-1.0)  # never stable
-    controls = [row(gain=g, **CONTROL) for g in (1.0, 3.0, 1.0, 3.0)]  # the fitted Q is off by 2 a step: no gain
+    controls = [row(gain=g, **ALONE) for g in (1.0, 3.0, 1.0, 3.0)]  # the fitted Q is off by 2 a step: no gain
     good = [row(gain=g, promised=(1.5, 0.5)) for g in (3.0, 2.0, 3.0, 2.0)]  # gains of 1, 0, 1, 0
     judged(evaluator, learner, controls + good)
     error = math.hypot(math.sqrt(4 / 3 * 4 * 0.25) / 4, math.sqrt(4 / 3 * 4) / 4)  # theirs and the controls'
@@ -193,13 +204,13 @@ def test_margin_is_what_promises_exceeded_gains_by_and_grows_with_it():
 
 def test_after_selections_that_lost_the_retained_policy_acts_alone_until_they_are_old():
     _, learner, evaluator, _ = make(bound_errors=1e9)  # never replaced
-    controls, probes = [row(**CONTROL)] * 4, [row(gain=1.0, promised=(1.0, 1.0))] * 4
+    controls, probes = [row(**ALONE)] * 4, [row(gain=1.0, promised=(1.0, 1.0))] * 4
     for gain, margin in ((-1.0, math.inf), (1.0, 0.0)):
         selected = [row(gain=gain, promised=(gain, gain), probe=False)] * 4
         judged(evaluator, learner, controls + probes + selected)
         assert evaluator.margins == [margin, margin]
     lost = [row(gain=-1.0, promised=(-1.0, -1.0), probe=False)] * 4
-    judged(evaluator, learner, lost + [row(**CONTROL)] * 17 + probes)
+    judged(evaluator, learner, lost + [row(**ALONE)] * 17 + probes)
     assert evaluator.margins == [0.0, 0.0]  # five windows of four later
 
 
@@ -209,7 +220,7 @@ def test_what_is_deployed_is_the_retained_policy_if_any_is_retained(name, deploy
     learner.actor.net[-1].bias.data += 1.0
     obs = np.ones(OBS, np.float32)
     actions, gains = evaluator.propose(learner, obs)
-    judged(evaluator, learner, [row(**CONTROL)] * 4 + [row(gain=1.0)] * 4 + [row(gain=1.0, probe=False)] * 4)
+    judged(evaluator, learner, [row(**ALONE)] * 4 + [row(gain=1.0)] * 4 + [row(gain=1.0, probe=False)] * 4)
     evaluator.margins = [min(gains[:2]) - 1] * 2
     assert evaluator.turn(gains) == 1, "in training the learner is selected"
     assert (actions[0] != actions[1]).all() and (evaluator.act(learner, obs) == actions[deployed]).all()
@@ -218,7 +229,7 @@ def test_what_is_deployed_is_the_retained_policy_if_any_is_retained(name, deploy
 def test_the_learner_is_let_go_while_stable_and_held_while_not():
     _, learner, evaluator, _ = make(hold=0.4, **LIMITS)
     for gain, error, factor, end in ((1.0, 0.0, 0.97, 0.25), (-1.0, 0.0, 0.97, 0.25), (1.0, 9.0, 1.1, 1.0)):
-        evaluator.hold, records = 0.5, [row(**CONTROL)] * 4 + [row(gain=gain, error=error * evaluator.scale)] * 4
+        evaluator.hold, records = 0.5, [row(**ALONE)] * 4 + [row(gain=gain, error=error * evaluator.scale)] * 4
         log = judged(evaluator, learner, records)
         assert log["hold"] == pytest.approx(0.5 * factor) and float(learner.anchor) == pytest.approx(0.2 * factor)
         for _ in range(50):  # never less than a quarter, and no more than all
@@ -229,9 +240,9 @@ def test_the_learner_is_let_go_while_stable_and_held_while_not():
 def test_gains_are_logged_where_they_are_known(monkeypatch):
     _, learner, evaluator, _ = make()
     names = {"score_gain", "score_gain_error", "learner_gain", "learner_gain_error"}
-    assert names.isdisjoint(judged(evaluator, learner, [row(**CONTROL)] * 4))
+    assert names.isdisjoint(judged(evaluator, learner, [row(**ALONE)] * 4))
     monkeypatch.setattr(evaluator, "score_gain", lambda i: (3.0, 2.0))
-    log = judged(evaluator, learner, [row(**CONTROL)] * 4 + [row(gain=gain) for gain in (1.0, 3.0)] * 2)
+    log = judged(evaluator, learner, [row(**ALONE)] * 4 + [row(gain=gain) for gain in (1.0, 3.0)] * 2)
     assert [log[name] for name in sorted(names)] == pytest.approx([2.0, math.sqrt(4 / 3 * 4) / 4, 3.0, 2.0])
 
 
@@ -248,7 +259,7 @@ def test_within_asks_for_everything_that_has_a_limit():
 
 def series(evaluator, learner, errors, td_error=0.01, values=None):
     """Whether the new Q is stable after each probe; errors are in units of a limit of 1."""
-    found, records = [], [row(**CONTROL) for _ in range(4)]
+    found, records = [], [row(**ALONE) for _ in range(4)]
     for error in errors:
         records.append(row(error=error * evaluator.scale, td_error=td_error))
         judged(evaluator, learner, records, values=values)
@@ -264,13 +275,13 @@ def test_stable_after_good_probes_and_until_twice_the_limit():
     assert series(evaluator, learner, [0.5] * 4) == [False, True, True, True]  # two probes measure, half a window
     evaluator.stable = False
     assert series(evaluator, learner, [-9.0] * 4) == [False, True, True, True]  # it promised less than was obtained
-    judged(evaluator, learner, [row(**CONTROL)] * 2 + [row(error=1.5 * evaluator.scale)] * 4)
+    judged(evaluator, learner, [row(**ALONE)] * 2 + [row(error=1.5 * evaluator.scale)] * 4)
     assert evaluator.stable
-    judged(evaluator, learner, [row(**CONTROL)] * 2 + [row(error=2.5 * evaluator.scale)] * 4)
+    judged(evaluator, learner, [row(**ALONE)] * 2 + [row(error=2.5 * evaluator.scale)] * 4)
     assert not evaluator.stable  # a relapse
-    judged(evaluator, learner, [row(**CONTROL)] * 2 + [row(error=1.5 * evaluator.scale)] * 4)
+    judged(evaluator, learner, [row(**ALONE)] * 2 + [row(error=1.5 * evaluator.scale)] * 4)
     assert not evaluator.stable  # the way back is the strict limit
-    judged(evaluator, learner, [row(**CONTROL)] * 2 + [row(error=0.5 * evaluator.scale)] * 4)
+    judged(evaluator, learner, [row(**ALONE)] * 2 + [row(error=0.5 * evaluator.scale)] * 4)
     assert evaluator.stable
 
 
@@ -285,9 +296,9 @@ def test_one_bad_measure_is_enough_to_never_be_stable(bad):
 
 def test_no_probe_before_td_error_and_drift_are_small():
     _, learner, evaluator, _ = make(probe_rate=1.0, **LIMITS)
-    judged(evaluator, learner, [row(td_error=0.3, **CONTROL)] * 6)
+    judged(evaluator, learner, [row(td_error=0.3, **ALONE)] * 6)
     assert evaluator.kind == "select"
-    judged(evaluator, learner, [row(td_error=0.01, **CONTROL)] * 6)
+    judged(evaluator, learner, [row(td_error=0.01, **ALONE)] * 6)
     assert evaluator.kind == "probe"
 
 
@@ -295,7 +306,7 @@ def test_a_probe_goes_on_to_the_end_of_its_episode_while_all_is_well():
     _, learner, evaluator, _ = make(probe_rate=0.0, **LIMITS)
     for td_error, over, kind in [(0.01, False, "probe"), (0.3, False, "select"), (0.01, True, "select")]:
         evaluator.kind = "probe"
-        judged(evaluator, learner, [row(td_error=td_error, **CONTROL)] * 6, over=over)
+        judged(evaluator, learner, [row(td_error=td_error, **ALONE)] * 6, over=over)
         assert evaluator.kind == kind
 
 
@@ -333,25 +344,26 @@ def test_end_segment_keeps_gain_errors_and_promises():
             (obs[i], action, obs[i + 1], 1.0 + i, terminated and i == 2, 1, gains[i]) for i in range(3)
         ]
         evaluator.end_segment(learner)
-        weight, acted, offline, online, gain, critic_error, fitted_error, _, probe = evaluator.records[-1]
+        kept = evaluator.records[-1]
         rest, obtained = 0.0 if terminated else 0.125, 1 + 0.5 * 2 + 0.25 * 3
-        assert (weight, acted, probe) == (1.75, 1.75, 1.0)
-        assert (offline, online) == (1 + 2.5 + 2.25, 2 + 3 + 0.25)
+        assert (kept["weight"], kept["acted"], kept["role"]) == (1.75, 1.75, PROBE)
+        assert (kept["promised_by_retained"], kept["promised_by_learner"]) == (1 + 2.5 + 2.25, 2 + 3 + 0.25)
         ends = torch.from_numpy(obs[[0, 3]])
         v = expect(evaluator.fitted[0], evaluator.retained, ends).mean(0)
-        assert gain == pytest.approx(obtained + rest * v[1] - v[0], abs=1e-5)
+        assert kept["gain"] == pytest.approx(obtained + rest * v[1] - v[0], abs=1e-5)
         q = expect(learner.target_critic, learner, ends).mean(0)
-        assert critic_error == pytest.approx(4.0 - obtained - rest * q[1], abs=1e-5)
+        assert kept["critic_error"] == pytest.approx(4.0 - obtained - rest * q[1], abs=1e-5)
         f = expect(evaluator.fitted[1], learner, ends).mean(0)
-        assert fitted_error == pytest.approx(f[0] - obtained - rest * f[1], abs=1e-5)
+        assert kept["fitted_error"] == pytest.approx(f[0] - obtained - rest * f[1], abs=1e-5)
     assert evaluator.segment == [] and evaluator.probe_steps == 6
 
-    roles = {("select", -1, 0.0): 0, ("select", -1, math.inf): -1, ("control", -1, 0.0): -1, ("control", 0, 0.0): -2}
+    roles = {("select", NO_ONE, 0.0): SELECTED, ("select", NO_ONE, math.inf): CONTROL}
+    roles |= {("control", NO_ONE, 0.0): CONTROL, ("control", RETAINED, 0.0): WHOLE_CONTROL}
     for (evaluator.kind, evaluator.alone, margin), role in roles.items():
         evaluator.margins = [margin, margin]
         evaluator.segment = [(obs[0], action, obs[1], 1.0, False, 0, gains[0])]
         evaluator.end_segment(learner)
-        assert evaluator.records[-1][-1] == role
+        assert evaluator.records[-1]["role"] == role
 
 
 @pytest.mark.parametrize(
@@ -372,11 +384,11 @@ def test_proposed_with_a_lower_bound_above(monkeypatch, learner_value, gain, sta
     answers, score_gain = iter([(10.0, 0.1), learner_value[:2]]), learner_value[2:]  # of the retained pair first
     monkeypatch.setattr("sft_reset.combine", lambda _: next(answers))
     monkeypatch.setattr(evaluator, "score_gain", lambda i: score_gain or (math.nan, math.inf))
-    records = [row(**CONTROL)] * 4 + [row(gain=gain, error=0.0 if stable else 9 * evaluator.scale)] * 4
+    records = [row(**ALONE)] * 4 + [row(gain=gain, error=0.0 if stable else 9 * evaluator.scale)] * 4
     learner.actor.net[-1].bias.data += 1.0
     judged(evaluator, learner, records)
     assert evaluator.proving == proposed and evaluator.replaced == 0
-    copied = torch.equal(evaluator.pairs[1].actor.net[-1].bias, learner.actor.net[-1].bias)
+    copied = torch.equal(evaluator.pairs[PROPOSED].actor.net[-1].bias, learner.actor.net[-1].bias)
     kept = torch.equal(evaluator.retained.actor.net[-1].bias, agent.actor.net[-1].bias)
     assert copied == proposed and kept
 
@@ -399,9 +411,9 @@ def test_a_copy_in_doubt_gives_way_to_a_learner_that_promises_more(monkeypatch, 
     answers = iter([(10.0, 0.1), (value, 0.1)])
     monkeypatch.setattr("sft_reset.combine", lambda _: next(answers))
     learner.actor.net[-1].bias.data += 1.0
-    judged(evaluator, learner, [row(**CONTROL)] * 4 + [row(gain=1.0)] * 4)
-    assert evaluator.proving and evaluator.returns[1] == ([] if fresh else trials)
-    assert torch.equal(evaluator.pairs[1].actor.net[-1].bias, learner.actor.net[-1].bias) == fresh
+    judged(evaluator, learner, [row(**ALONE)] * 4 + [row(gain=1.0)] * 4)
+    assert evaluator.proving and evaluator.returns[PROPOSED] == ([] if fresh else trials)
+    assert torch.equal(evaluator.pairs[PROPOSED].actor.net[-1].bias, learner.actor.net[-1].bias) == fresh
 
 
 def end_episode(evaluator, learner, episode_return):
@@ -412,33 +424,33 @@ def test_score_gain_is_the_difference_of_whole_episodes():
     evaluator = make(window=4)[2]
     evaluator.per_return = 0.5
     for own, latest in (([40.0, 50.0], [70.0, 74.0]), ([40.0, 50.0, 60.0], [70.0])):
-        evaluator.returns[0], evaluator.returns[3] = own, latest
-        assert not math.isfinite(evaluator.score_gain(3)[1]), "too few"
-    evaluator.returns[0], evaluator.returns[3] = [40.0, 50.0, 60.0], [70.0, 74.0]
+        evaluator.returns[RETAINED], evaluator.returns[LATEST] = own, latest
+        assert not math.isfinite(evaluator.score_gain(LATEST)[1]), "too few"
+    evaluator.returns[RETAINED], evaluator.returns[LATEST] = [40.0, 50.0, 60.0], [70.0, 74.0]
     error = math.hypot(10 / math.sqrt(3), math.sqrt(8) / math.sqrt(2))
-    assert evaluator.score_gain(3) == pytest.approx((11.0, error / 2))
+    assert evaluator.score_gain(LATEST) == pytest.approx((11.0, error / 2))
     assert evaluator.predicted_score() == pytest.approx(0.5 * (72.0 - 10.0)), "what it returned"
-    evaluator.returns[3], evaluator.per_value, evaluator.estimates = [70.0], 2.0, [[5.0, 0.1], [9.0, 0.1]]
+    evaluator.returns[LATEST], evaluator.per_value, evaluator.estimates = [70.0], 2.0, [[5.0, 0.1], [9.0, 0.1]]
     assert evaluator.predicted_score() == pytest.approx(30.0 + 8.0)
 
 
 def test_now_and_then_an_episode_is_the_learners_once_its_q_is_stable():
     learner, evaluator = make(whole_rate=0.2, window=4)[1:3]
-    evaluator.returns[0] = [1.0] * 3
+    evaluator.returns[RETAINED] = [1.0] * 3
     for stable, known, share in ((False, [], 0.0), (True, [], 0.4), (True, [1.0], 0.4), (True, [1.0, 1.0], 0.2)):
-        evaluator.stable, evaluator.returns[3], alone = stable, known, []
+        evaluator.stable, evaluator.returns[LATEST], alone = stable, known, []
         for _ in range(500):
             evaluator.kind = "select"
             evaluator.next_episode(learner)
-            assert (evaluator.alone, evaluator.kind) in ((-1, "select"), (3, "probe"))
-            alone.append(evaluator.alone == 3)
+            assert (evaluator.alone, evaluator.kind) in ((NO_ONE, "select"), (LATEST, "probe"))
+            alone.append(evaluator.alone == LATEST)
         assert np.mean(alone) == pytest.approx(share, abs=0.06)
 
 
 def test_returns_of_the_learners_whole_episodes_are_kept_while_they_are_recent_and_of_it():
     _, learner, evaluator, _ = make(probe_rate=1.0, whole_rate=1.0, reset_every=50, bound_errors=1e9, **LIMITS)
-    records = [row(**CONTROL)] * 4 + [row()] * 4
-    evaluator.returns[0] = [100.0] * 3
+    records = [row(**ALONE)] * 4 + [row()] * 4
+    evaluator.returns[RETAINED] = [100.0] * 3
 
     def episode(episode_return, healthy=True, step=1):
         for over in (False, True):
@@ -447,18 +459,20 @@ def test_returns_of_the_learners_whole_episodes_are_kept_while_they_are_recent_a
         evaluator.end_episode(learner, step, episode_return)
 
     episode(5.0)
-    assert evaluator.returns[3] == [] and (evaluator.alone, evaluator.kind) == (3, "probe"), "first the retained one's"
+    assert evaluator.returns[LATEST] == [] and (evaluator.alone, evaluator.kind) == (LATEST, "probe"), (
+        "first the retained one's"
+    )
     for episode_return in (6.0, 7.0, 8.0):
         episode(episode_return)
-    assert evaluator.returns[3] == [7.0, 8.0] and evaluator.alone == 3
+    assert evaluator.returns[LATEST] == [7.0, 8.0] and evaluator.alone == LATEST
     episode(9.0, healthy=False)
     assert evaluator.returns[3:] == [[7.0, 8.0], [9.0]], "its drift ended it before its episode did"
     episode(9.0)
-    assert evaluator.alone == 3
+    assert evaluator.alone == LATEST
     episode(9.0, step=50)
     assert evaluator.resets == 1 and evaluator.returns[3:] == [[], [9.0]], "they were of the learner before its reset"
-    evaluator.returns[3], evaluator.returns[1] = [7.0, 8.0], [31.0, 32.0, 33.0]
-    evaluator.replace(learner, by=1)
+    evaluator.returns[LATEST], evaluator.returns[PROPOSED] = [7.0, 8.0], [31.0, 32.0, 33.0]
+    evaluator.replace(learner, by=PROPOSED)
     assert evaluator.returns[3:] == [[32.0, 33.0], []], "its own may be of a learner older than the copy"
 
 
@@ -473,20 +487,25 @@ def test_returns_of_the_learners_whole_episodes_are_kept_while_they_are_recent_a
     ],
 )
 def test_the_weights_of_a_whole_episode_that_returned_more_than_most_are_proposed(episode_return, latest, proposed):
-    for option, alone in (("frozen-until-stable", 3), ("frozen-until-stable", -1), ("offline", 3), ("online", 3)):
+    for option, alone in (
+        ("frozen-until-stable", LATEST),
+        ("frozen-until-stable", NO_ONE),
+        ("offline", LATEST),
+        ("online", LATEST),
+    ):
         _, learner, evaluator, _ = make(evaluator=option, window=6)
-        evaluator.returns[0] = [40.0, 50.0, 55.0, 65.0] if option == "frozen-until-stable" else []
-        evaluator.returns[3], evaluator.stable, evaluator.args.whole_rate = list(latest), True, 1.0
+        evaluator.returns[RETAINED] = [40.0, 50.0, 55.0, 65.0] if option == "frozen-until-stable" else []
+        evaluator.returns[LATEST], evaluator.stable, evaluator.args.whole_rate = list(latest), True, 1.0
         learner.actor.net[-1].bias.data += 1.0
         before = learner.actor.net[-1].bias.clone()
         evaluator.next_episode(learner)
-        assert evaluator.alone == 3
+        assert evaluator.alone == LATEST
         evaluator.alone = alone
         learner.actor.net[-1].bias.data += 1.0
         end_episode(evaluator, learner, episode_return)
-        expected = proposed and (option, alone) == ("frozen-until-stable", 3)
+        expected = proposed and (option, alone) == ("frozen-until-stable", LATEST)
         assert evaluator.proving == expected == (evaluator.kind == "trial")
-        copied = torch.equal(evaluator.pairs[1].actor.net[-1].bias, before)
+        copied = torch.equal(evaluator.pairs[PROPOSED].actor.net[-1].bias, before)
         assert copied == expected, "as it was when the episode began, not what it has become since"
 
 
@@ -496,10 +515,10 @@ def test_the_weights_of_a_whole_episode_that_returned_more_than_most_are_propose
 )
 def test_an_open_proposal_gives_way_to_weights_that_returned_more_than_all(episode_return, trials, taken):
     _, learner, evaluator, _ = make()
-    evaluator.returns[:2], evaluator.proving, evaluator.alone = [[40.0, 50.0, 55.0, 65.0], list(trials)], True, 3
-    evaluator.pairs[3].actor.net[-1].bias.data += 1.0
+    evaluator.returns[:2], evaluator.proving, evaluator.alone = [[40.0, 50.0, 55.0, 65.0], list(trials)], True, LATEST
+    evaluator.pairs[LATEST].actor.net[-1].bias.data += 1.0
     end_episode(evaluator, learner, episode_return)
-    assert evaluator.proving and evaluator.kind == "trial" and evaluator.returns[1] == ([] if taken else trials)
+    assert evaluator.proving and evaluator.kind == "trial" and evaluator.returns[PROPOSED] == ([] if taken else trials)
     biases = [evaluator.pairs[i].actor.net[-1].bias for i in (1, 3)]
     assert torch.equal(*biases) == taken
 
@@ -513,15 +532,15 @@ def test_a_stable_q_needs_no_margin_and_is_not_stable_where_what_it_selects_retu
         (0.1, [38.0, 40.0], 0.0),  # 50 +- 5.8, 39 +- 1: within two standard errors
         (0.1, [37.0, 38.0], 2.0),
     ]:
-        evaluator.returns[0], evaluator.returns[4] = [40.0, 50.0, 60.0], mixed
-        records = [row(td_error=td_error, **CONTROL)] * 8 + [row(promised=(3.0, 3.0), gain=1.0, td_error=td_error)] * 8
+        evaluator.returns[RETAINED], evaluator.returns[NO_ONE] = [40.0, 50.0, 60.0], mixed
+        records = [row(td_error=td_error, **ALONE)] * 8 + [row(promised=(3.0, 3.0), gain=1.0, td_error=td_error)] * 8
         judged(evaluator, learner, records)
         assert evaluator.stable == (margin == 0.0) and evaluator.margins[1] == pytest.approx(margin, abs=1e-6)
 
 
 def test_a_learner_whose_whole_episodes_gain_acts_in_every_state():
     _, learner, evaluator, _ = make(**LIMITS)
-    evaluator.returns[0] = [49.0, 50.0, 51.0]
+    evaluator.returns[RETAINED] = [49.0, 50.0, 51.0]
     for td_error, latest, gain, margin in [
         (0.1, [52.0, 54.0], 1.0, -math.inf),  # by 3, known to 1.2
         (0.1, [50.0, 52.0], 1.0, 0.0),
@@ -529,17 +548,17 @@ def test_a_learner_whose_whole_episodes_gain_acts_in_every_state():
         (0.3, [52.0, 54.0], 1.0, 2.0),  # not stable
         (0.1, [52.0, 54.0], -1.0, math.inf),  # what it selected lost
     ]:
-        evaluator.returns[3] = latest
+        evaluator.returns[LATEST] = latest
         selected = [row(promised=(3.0, 3.0), gain=gain, td_error=td_error, probe=False)] * 8
         probes = [row(promised=(3.0, 3.0), gain=gain, td_error=td_error)] * 8
-        log = judged(evaluator, learner, [row(td_error=td_error, **CONTROL)] * 8 + selected + probes)
+        log = judged(evaluator, learner, [row(td_error=td_error, **ALONE)] * 8 + selected + probes)
         assert evaluator.margins[1] == pytest.approx(margin, abs=1e-6) and math.isfinite(log["margin"])
         assert evaluator.turn([-9.0, -9.0]) == (margin == -math.inf)
 
 
 def test_after_a_fall_the_learner_is_held_by_twice_as_much_until_episodes_lose_nothing():
     _, learner, evaluator, _ = make(hold=0.4, **LIMITS)
-    records = [row(**CONTROL)] * 8 + [row()] * 8
+    records = [row(**ALONE)] * 8 + [row()] * 8
     for mixed, first, last in [  # the retained policy's: 50 +- 5.8
         ([50.0, 52.0], 0.3 * 0.97, 0.25),
         ([37.0, 38.0], 0.5, 1.0),  # held by 0.25 when it fell
@@ -549,29 +568,29 @@ def test_after_a_fall_the_learner_is_held_by_twice_as_much_until_episodes_lose_n
         ([50.0, 52.0], 0.97, 0.25),
     ]:
         evaluator.hold = 0.3 if first == 0.3 * 0.97 else evaluator.hold
-        evaluator.returns[0], evaluator.returns[4] = [40.0, 50.0, 60.0], mixed
+        evaluator.returns[RETAINED], evaluator.returns[NO_ONE] = [40.0, 50.0, 60.0], mixed
         held = [judged(evaluator, learner, records)["hold"] for _ in range(60)]
         assert (held[0], held[-1]) == pytest.approx((first, last))
-    evaluator.returns[1] = [50.0, 51.0, 52.0]
-    evaluator.replace(learner, by=1)
+    evaluator.returns[PROPOSED] = [50.0, 51.0, 52.0]
+    evaluator.replace(learner, by=PROPOSED)
     assert [judged(evaluator, learner, records)["hold"] for _ in range(60)][-1] == 0.25
     for latest, last in (([52.0, 54.0], 0.25 * 0.97**60), ([50.0, 52.0], 0.25)):  # by 2 and 0 +- 1.2
-        evaluator.returns[3] = latest
+        evaluator.returns[LATEST] = latest
         assert [judged(evaluator, learner, records)["hold"] for _ in range(60)][-1] == pytest.approx(last)
-    evaluator.hold, evaluator.returns[4] = 0.1, [37.0, 38.0]
+    evaluator.hold, evaluator.returns[NO_ONE] = 0.1, [37.0, 38.0]
     assert judged(evaluator, learner, records)["hold"] == 0.5
 
 
 def test_after_a_replacement_q_is_still_stable_and_gains_are_measured_anew():
     _, learner, evaluator, _ = make(hold=0.4, **LIMITS)
-    records = [row(**CONTROL)] * 8 + [row(gain=1.0)] * 8
+    records = [row(**ALONE)] * 8 + [row(gain=1.0)] * 8
     judged(evaluator, learner, records)
     assert evaluator.stable and math.isfinite(evaluator.estimates[1][1]) and math.isfinite(evaluator.margins[1])
-    evaluator.returns[1] = [31.0]
-    evaluator.replace(learner, by=1)
+    evaluator.returns[PROPOSED] = [31.0]
+    evaluator.replace(learner, by=PROPOSED)
     judged(evaluator, learner, evaluator.records)
     assert evaluator.stable and not math.isfinite(evaluator.estimates[1][1]) and evaluator.margins[0] == math.inf
-    log = judged(evaluator, learner, evaluator.records + [row(gain=3.0, **CONTROL)] * 2 + [row(gain=5.0)] * 2)
+    log = judged(evaluator, learner, evaluator.records + [row(gain=3.0, **ALONE)] * 2 + [row(gain=5.0)] * 2)
     assert log["learner_gain"] == pytest.approx(2.0), "of segments since then alone"
 
 
@@ -579,8 +598,8 @@ def prove(evaluator, learner, retained, proposed):
     """Scripted returns until it is decided: who acted in each episode, 0 or 1, or -1 where it was no one's."""
     returns, actors = {0: cycle(retained), 1: cycle(proposed), -1: cycle([0.0])}, []
     end_episode(evaluator, learner, 0.0)
-    while evaluator.proving or len(evaluator.returns[0]) < 3:
-        assert evaluator.kind == {0: "control", 1: "trial"}.get(evaluator.alone, evaluator.kind)
+    while evaluator.proving or len(evaluator.returns[RETAINED]) < 3:
+        assert evaluator.kind == {RETAINED: "control", PROPOSED: "trial"}.get(evaluator.alone, evaluator.kind)
         actors.append(evaluator.alone)
         end_episode(evaluator, learner, next(returns[evaluator.alone]))
     assert evaluator.kind != "trial"
@@ -600,17 +619,17 @@ def prove(evaluator, learner, retained, proposed):
 )
 def test_a_proposal_replaces_the_pair_only_after_whole_episodes_that_show_it(proposed, replaced, episodes):
     _, learner, evaluator, _ = make()
-    evaluator.alone, evaluator.segments = -1, 100
+    evaluator.alone, evaluator.segments = NO_ONE, 100
     assert prove(evaluator, learner, [49.0, 50.0, 51.0], []) == [0] * 3  # the retained policy first
-    evaluator.pairs[1].actor.net[-1].bias.data += 1.0
+    evaluator.pairs[PROPOSED].actor.net[-1].bias.data += 1.0
     evaluator.proving = True
     assert prove(evaluator, learner, [49.0, 50.0, 51.0], proposed) == episodes
-    assert not evaluator.proving and evaluator.replaced == replaced and evaluator.returns[1] == []
+    assert not evaluator.proving and evaluator.replaced == replaced and evaluator.returns[PROPOSED] == []
     assert evaluator.next_proposal == 104
     if replaced:
-        proved = evaluator.pairs[1].actor.net[-1].bias
+        proved = evaluator.pairs[PROPOSED].actor.net[-1].bias
         assert torch.equal(evaluator.retained.actor.net[-1].bias, proved)
-        assert evaluator.returns[0] == proposed
+        assert evaluator.returns[RETAINED] == proposed
         assert torch.equal(learner.anchor_net[-1].bias, proved)
         assert evaluator.margins == [math.inf, math.inf]
         assert evaluator.renewed == 1_000, "no reset for as long again"
@@ -626,7 +645,7 @@ def test_a_proposal_replaces_the_pair_only_after_whole_episodes_that_show_it(pro
 def test_where_episodes_can_end_in_a_fall_a_small_gain_takes_more_of_them(proposed, replaced, n):
     """The retained policy returns 40 above a random one: more than 40 / (n + 1) must be gained, which 3.6 never is."""
     _, learner, evaluator, _ = make()
-    evaluator.alone, evaluator.may_fall = -1, True
+    evaluator.alone, evaluator.may_fall = NO_ONE, True
     prove(evaluator, learner, [49.0, 50.0, 51.0], [])
     evaluator.proving = True
     assert prove(evaluator, learner, [49.0, 50.0, 51.0], proposed).count(1) == n
@@ -638,21 +657,21 @@ def test_a_replacement_is_undone_where_ten_episodes_say_that_it_was_wrong(later,
     """It returns `later` after its trial, in which it returned 61 on average and the former one 50. That 60, 61, 62
     and 55 are more than the former one's five, all below, is in doubt by 0.0095."""
     _, learner, evaluator, _ = make()
-    evaluator.alone = -1
+    evaluator.alone = NO_ONE
     prove(evaluator, learner, [49.0, 50.0, 51.0], [])
     offline = copy.deepcopy(evaluator.retained.actor.state_dict())
-    evaluator.pairs[1].actor.net[-1].bias.data += 1.0
+    evaluator.pairs[PROPOSED].actor.net[-1].bias.data += 1.0
     evaluator.proving = True
     prove(evaluator, learner, [49.0, 51.0], [60.0, 61.0, 62.0])
     assert evaluator.returns == [[60.0, 61.0, 62.0], [], [49.0, 50.0, 51.0, 49.0, 51.0], [61.0, 62.0], []]
     whose = []
-    while evaluator.returns[2] and len(whose) < 50:
+    while evaluator.returns[FORMER] and len(whose) < 50:
         assert not torch.equal(evaluator.retained.actor.net[-1].bias, offline["net.4.bias"])
         assert evaluator.kind != "trial"
         whose.append(evaluator.alone)
-        end_episode(evaluator, learner, {0: later, -1: 0.0}[evaluator.alone])
-    assert whose == [0, -1] * (n - 1) + [0]
-    assert (evaluator.replaced, evaluator.restored, evaluator.alone) == (1, restored, -1)
+        end_episode(evaluator, learner, {RETAINED: later, NO_ONE: 0.0}[evaluator.alone])
+    assert whose == [RETAINED, NO_ONE] * (n - 1) + [RETAINED]
+    assert (evaluator.replaced, evaluator.restored, evaluator.alone) == (1, restored, NO_ONE)
     same = all(torch.equal(value, offline[key]) for key, value in evaluator.retained.actor.state_dict().items())
     assert same == bool(restored) == torch.equal(learner.anchor_net[-1].bias, offline["net.4.bias"])
     kept = [49.0, 50.0, 51.0, 49.0, 51.0] if restored else [60.0, 61.0, 62.0] + [later] * n
@@ -663,11 +682,11 @@ def test_a_replacement_is_undone_where_ten_episodes_say_that_it_was_wrong(later,
 def test_a_replacement_that_took_ten_episodes_is_asked_no_more():
     _, learner, evaluator, _ = make()
     evaluator.returns[:2] = [49.0, 50.0, 51.0, 49.5, 50.5], [52.0, 48.0, 53.0, 50.2, 54.0, 50.7, 55.0, 50.6, 56.0]
-    evaluator.proving, evaluator.alone = True, 1
+    evaluator.proving, evaluator.alone = True, PROPOSED
     end_episode(evaluator, learner, 56.0)
-    assert evaluator.replaced == 1 and len(evaluator.returns[0]) == 10 and evaluator.alone == 0
+    assert evaluator.replaced == 1 and len(evaluator.returns[RETAINED]) == 10 and evaluator.alone == RETAINED
     end_episode(evaluator, learner, 56.0)
-    assert evaluator.returns[2] == [] and evaluator.alone == -1 and evaluator.restored == 0
+    assert evaluator.returns[FORMER] == [] and evaluator.alone == NO_ONE and evaluator.restored == 0
 
 
 def test_a_single_fall_does_not_decide():
@@ -695,9 +714,9 @@ def test_the_retained_pair_is_bit_equal_after_updates_and_resets():
     train_a_little(learner, evaluator, buffer)
     after = evaluator.retained.state_dict()
     assert all(torch.equal(before[key], after[key]) for key in before if torch.is_tensor(before[key]))
-    evaluator.pairs[1].load_state_dict(learner.state_dict())
-    evaluator.returns[1] = [31.0, 32.0, 33.0]
-    evaluator.replace(learner, by=1)
+    evaluator.pairs[PROPOSED].load_state_dict(learner.state_dict())
+    evaluator.returns[PROPOSED] = [31.0, 32.0, 33.0]
+    evaluator.replace(learner, by=PROPOSED)
     before = [p.clone() for p in evaluator.retained.parameters()]
     train_a_little(learner, evaluator, buffer)
     assert all(torch.equal(p, q) for p, q in zip(before, evaluator.retained.parameters(), strict=True))
@@ -747,8 +766,8 @@ def test_a_reset_keeps_the_level_of_values():
 def test_what_an_episode_returned_is_not_the_reset_learners(over):
     """Whether it is reset within its episode or where that ends."""
     _, learner, evaluator, _ = make(reset_every=50, bound_errors=1e9, probe_rate=1.0, **LIMITS)
-    evaluator.returns[0], evaluator.alone, evaluator.kind = [10.0, 11.0, 12.0], 3, "probe"
-    evaluator.records, evaluator.segments = [row(**CONTROL)] * 4 + [row()] * 4, 8
+    evaluator.returns[RETAINED], evaluator.alone, evaluator.kind = [10.0, 11.0, 12.0], LATEST, "probe"
+    evaluator.records, evaluator.segments = [row(**ALONE)] * 4 + [row()] * 4, 8
     evaluator.values = [1.0] * 5
     evaluator.judge(learner, BATCHES, 50, over)
     evaluator.end_episode(learner, 50, 50.0)  # above all of the retained policy's
@@ -764,14 +783,14 @@ def test_a_reset_needs_no_batch_of_many():
 @pytest.mark.parametrize("selection, kind", [("greedy", "select"), ("softmax", "sample")])
 def test_after_a_trial_actions_are_selected_as_asked(selection, kind):
     learner, evaluator = make(selection=selection)[1:3]
-    evaluator.returns[0], evaluator.kind = [1.0] * 3, "trial"
+    evaluator.returns[RETAINED], evaluator.kind = [1.0] * 3, "trial"
     evaluator.next_episode(learner)
     assert evaluator.kind == kind
 
 
 def test_a_reset_waits_until_an_open_proposal_is_decided():
     _, learner, evaluator, _ = make(reset_every=10, bound_errors=1e9, **LIMITS)
-    good = [row(**CONTROL)] * 4 + [row(gain=1.0)] * 4
+    good = [row(**ALONE)] * 4 + [row(gain=1.0)] * 4
     judged(evaluator, learner, good, step=9)
     assert evaluator.resets == 0 and evaluator.stable
     evaluator.proving = True
@@ -790,7 +809,7 @@ def test_a_reset_waits_until_an_open_proposal_is_decided():
 
 def test_recovery_ends_even_if_the_new_q_is_never_stable():
     _, learner, evaluator, _ = make(reset_every=10, **LIMITS)
-    bad = [row(td_error=9.0, **CONTROL)] * 8
+    bad = [row(td_error=9.0, **ALONE)] * 8
     for step in range(1, 20):
         judged(evaluator, learner, bad, step=step)
         assert evaluator.recovering == (10 <= step < 15), step
@@ -800,8 +819,8 @@ def test_recovery_ends_even_if_the_new_q_is_never_stable():
 def test_state_survives_a_weights_only_file_in_the_middle_of_a_recovery():
     _, learner, evaluator, buffer = make(reset_every=10, **LIMITS)
     train_a_little(learner, evaluator, buffer)
-    evaluator.returns[1] = [31.0, 32.0, 33.0]
-    evaluator.replace(learner, by=1)
+    evaluator.returns[PROPOSED] = [31.0, 32.0, 33.0]
+    evaluator.replace(learner, by=PROPOSED)
     obs = np.ones(OBS, np.float32)
     evaluator.segment = [
         (obs, np.zeros(ACTION, np.float32), obs, 1.0, False, 0, evaluator.propose(learner, obs)[1])
@@ -924,7 +943,7 @@ def test_who_acts_and_what_is_learned_in_each_step(toy_args, monkeypatch):
     assert len(steps) == 900 and {step["kind"] for step in steps} == {"control", "probe", "trial", "select"}
     for step in steps:
         assert step["noise"] == (step["kind"] != "probe"), "probes are acted as deployed"  # [D1]
-        if step["alone"] in (1, 3):
+        if step["alone"] in (PROPOSED, LATEST):
             assert (step["action"] == step["of_copy"]).all(), "a frozen copy of the learner acts"  # [D1] [D7]
         elif step["kind"] != "select":
             assert (step["action"] == step["actions"][int(step["kind"] == "probe")]).all()
@@ -932,8 +951,8 @@ def test_who_acts_and_what_is_learned_in_each_step(toy_args, monkeypatch):
         assert step["shares"] == [0.5] * updates  # [D3] [D9]
         assert step["fits"] in ([], [10 // 5])
     trials = [step for step in steps if step["kind"] == "trial"]
-    assert {step["alone"] for step in trials} == {1}
-    for copies in (trials, [step for step in steps if step["alone"] == 3]):
+    assert {step["alone"] for step in trials} == {PROPOSED}
+    for copies in (trials, [step for step in steps if step["alone"] == LATEST]):
         assert any((step["of_copy"] != step["of_learner"]).any() for step in copies), "not the learner as it is by then"
     assert any(step["recovering"] for step in steps) and sum(map(len, (step["fits"] for step in steps))) > 20
 
@@ -963,8 +982,8 @@ def test_variants_run(toy_args, monkeypatch, options, kind):
 
 def test_segments_of_the_retained_policy_alone_are_drawn_once_there_is_a_margin():
     learner, evaluator = make(control_share=1.0, probe_rate=0.0)[1:3]
-    known = [row(**CONTROL)] * 4 + [row(probe=False)] * 4
-    for records, kind in (([row(**CONTROL)] * 8, "select"), (known, "control")):
+    known = [row(**ALONE)] * 4 + [row(probe=False)] * 4
+    for records, kind in (([row(**ALONE)] * 8, "select"), (known, "control")):
         judged(evaluator, learner, records)
         assert evaluator.kind == kind
 
@@ -972,22 +991,22 @@ def test_segments_of_the_retained_policy_alone_are_drawn_once_there_is_a_margin(
 def test_whole_episodes_of_the_retained_policy_age_no_probes():
     """While a proposed copy is tried, its opponent's episodes push no probes out of the window."""
     learner, evaluator = make()[1:3]
-    probes, alone = [row()] * 4, row(**CONTROL)
-    for role, stable in ((-1.0, False), (-2.0, True)):
-        judged(evaluator, learner, [*probes, *[[*alone[:-1], role]] * 40])
+    probes, alone = [row()] * 4, row(**ALONE)
+    for role, stable in ((CONTROL, False), (WHOLE_CONTROL, True)):
+        judged(evaluator, learner, [*probes, *[alone | {"role": role}] * 40])
         assert evaluator.stable == stable
 
 
 def test_a_learner_that_promises_more_is_proposed_once_before_its_reset():
     learner, evaluator = make(reset_every=50, td_limit=-1.0)[1:3]  # never stable
-    retained, better = [row(**CONTROL)] * 8, [row(gain=100.0)] * 8
-    evaluator.returns[0] = [1.0, 2.0, 3.0]
+    retained, better = [row(**ALONE)] * 8, [row(gain=100.0)] * 8
+    evaluator.returns[RETAINED] = [1.0, 2.0, 3.0]
     judged(evaluator, learner, retained + better, step=49)
     assert not evaluator.proving and evaluator.resets == 0, "not due, and not stable"
     weights = copy.deepcopy(list(learner.actor.parameters()))
     judged(evaluator, learner, retained + better, step=50)
     assert evaluator.proving and evaluator.resets == 0, "it waits"
-    assert all(map(torch.equal, weights, evaluator.pairs[1].actor.parameters()))
+    assert all(map(torch.equal, weights, evaluator.pairs[PROPOSED].actor.parameters()))
     evaluator.proving = False  # refused
     judged(evaluator, learner, retained + better, step=51)
     assert not evaluator.proving and evaluator.resets == 1, "once"
@@ -1002,13 +1021,13 @@ def test_a_learner_that_promises_more_is_proposed_once_before_its_reset():
 
 def test_there_is_no_prediction_without_recent_probes():
     learner, evaluator = make()[1:3]
-    judged(evaluator, learner, [row(**CONTROL)] * 8 + [row()] * 8)
+    judged(evaluator, learner, [row(**ALONE)] * 8 + [row()] * 8)
     assert math.isfinite(evaluator.predicted_score())
-    judged(evaluator, learner, [row()] * 8 + [row(**CONTROL)] * 40)
+    judged(evaluator, learner, [row()] * 8 + [row(**ALONE)] * 40)
     assert not math.isfinite(evaluator.predicted_score())
-    judged(evaluator, learner, [row(**CONTROL)] * 8 + [row()] * 8)
-    evaluator.returns[1] = [31.0, 32.0, 33.0]
-    evaluator.replace(learner, by=1)
+    judged(evaluator, learner, [row(**ALONE)] * 8 + [row()] * 8)
+    evaluator.returns[PROPOSED] = [31.0, 32.0, 33.0]
+    evaluator.replace(learner, by=PROPOSED)
     assert not math.isfinite(evaluator.estimates[1][0]), "they were of the learner as it is now, not of the copy"
     assert evaluator.predicted_score() == pytest.approx(22.5), "by the copy's latest episodes, 32.5 - 10"
 

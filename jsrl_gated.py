@@ -4,6 +4,10 @@ of which only the abstract is public to us, on top of Uchendu et al., "Jump-Star
 
     python jsrl_gated.py --env-id hopper-medium
 
+The guide, the offline policy, begins every episode, the explorer ends it. At first the guide acts alone. Training
+episodes try a larger share of the explorer than is deployed: where they show with confidence that nothing is lost, that
+share is deployed, where they show a loss, it is given up. An explorer that is clearly better becomes the guide.
+
 How to read it: `Agent` is IQL (equation numbers of arXiv 2110.06169), the offline learner and then the guide;
 `Explorer` is the online learner, SAC; `Gate` decides who acts; `train`, the last function, is the run from top to
 bottom. IQL departs from its authors' as in iql_finetune.py ([D1] to [D5], [D7], [D8] there). Tasks, data, buffer,
@@ -25,15 +29,17 @@ choices:
      times as noisy, and the lower of two [D7] 0.87 and 0.82; and there is a look after every episode. Where the noise
      of an episode is four times the tolerance, an explorer no better than its guide opens one gate in three, as no more
      than ten results of a trial count: older ones are of another explorer.
-[D6] `level` is confirmed and deployed, but for as long as the mean of all results or of the last four is below the
-     guide's, the guide is: the tolerance is for exploring, no loss seen is deployed. Training episodes act at `trial`,
-     one step above or the same; those after a trial with more results than the guide has are the guide's own. A trial
-     is confirmed, after three episodes at least, when its lower bound is above the reference less the tolerance; the
-     reference is the best lower bound so far up to that level, or the guide. It rises with every level that opens;
-     bounds from higher levels do not count below them, for one lucky sample would keep every later trial shut. The next
-     step is then twice as large. It is refuted when its upper bound is below the guide less the tolerance: the next one
-     is smaller, and waits longer each time. The tolerance is a share of the dataset's range of returns: noisy tasks
-     have a wide one. Trials act with the explorer's noise, which is not deployed.
+[D6] Levels. `level` is confirmed and deployed; training episodes act at `trial`, one step above or the same.
+     - A trial is confirmed, after three episodes at least, when its lower bound is above the reference less the
+       tolerance. The reference is the best lower bound so far up to that level, or the guide: it rises with every level
+       that opens, but bounds from higher levels do not count below them, for one lucky sample would keep every later
+       trial shut. The next step is then twice as large.
+     - It is refuted when its upper bound is below the guide less the tolerance. The next one is smaller, and waits
+       longer each time.
+     - After a trial with more results than the guide has, the guide acts alone for an episode.
+     - The tolerance is a share of the dataset's range of returns: noisy tasks have a wide one. It is for exploring; no
+       loss seen is deployed: as long as the mean of all results or of the last four is below the guide's, the guide is.
+     - Trials act with the explorer's noise, which is not deployed.
 [D7] The upper bound is the lower one of two: that of the last ten episodes, for a lasting loss amid noise, and that of
      the last four, for a collapse. `level` closes by the same test at half the tolerance: to where the loss, were it in
      proportion to the level, is tolerated. It is compared with the guide, not with the best so far: closing only leads
@@ -774,6 +780,8 @@ class Gate:
         switch = self.switch_step(level)
         acted = level > 0 and len(gains) > switch  # one that ended before says nothing about the explorer
         promoted, proven = 0, False
+
+        # It is the tested copy's, the guide's or the explorer's
         if self.candidate:
             self.tested = [*self.tested, [values, gains]]
             promoted = self.judge()
@@ -783,6 +791,8 @@ class Gate:
             self.results = [*self.results, [values, gains, switch]][-10:]
         self.length = float(np.median([len(values) for values, _ in self.guide]))
         self.warm = self.warm or (step >= self.args.warmup_steps and len(self.guide) >= 3)
+
+        # The explorer at this trial against the guide [D4] [D5] [D7]
         log, estimates, decision = {"trial": level, "switch_step": switch}, (0.0, -math.inf, math.inf), 0
         reference, confidence = max(b for opened, b in self.confirmed if opened <= self.trial), self.args.confidence
         if self.warm and len(self.results) >= 2:
@@ -799,6 +809,8 @@ class Gate:
             base = self.guide_score
             log |= {name: base + value for name, value in named.items()}
             log["calibration"] = np.mean(pairs["advantage"][1])
+
+        # What is deployed and tried next [D6]; copied is an explorer that is clearly better [D9]
         if self.warm and not self.candidate:
             decision = self.decide(*estimates, reference)
         better = self.level == 1 and len(self.results) >= 5 and max(lower, latest_lower) > self.tolerance

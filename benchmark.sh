@@ -2,7 +2,8 @@
 # Tasks x scripts x seeds, side by side on this machine or as SLURM job arrays; then: python report.py RUN_DIR
 #
 #   ./benchmark.sh                      preset quick: 50k + 25k steps into runs/quick, 35 core-hours: a night on 4 cores
-#   ./benchmark.sh --preset readme      the runs of the README's main table, three seeds of each, 30 core-hours
+#   ./benchmark.sh --preset readme      the runs of the README's main table, three seeds of each, 30 core-hours (on one
+#                                       of today's cores, an estimate; on a first-generation EPYC twice as many)
 #   ./benchmark.sh --preset full        1M + 1M steps, 5 seeds, D4RL's task families, all variants but cal_ql:fast (a cluster's)
 #   ./benchmark.sh --tasks "hopper-medium" --scripts "jsrl_gated jsrl_gated:open" --seeds "1 2" --online-steps 20000
 #   ./benchmark.sh --dry-run            print what is left to run, one command a line
@@ -13,7 +14,9 @@
 #          --slurm --sbatch "OPTIONS"; whatever follows -- goes to every command (-- --dataset stand-in --no-cuda).
 # Each offline phase (IQL) is trained once per task and seed, as `offline`, and shared through --offline-checkpoint;
 # cal_ql trains its own. Runs that are complete (summary.json) are skipped, others continued with --resume: stop this at
-# any time and start it again. Logs: RUN_DIR/logs. Exit code 0: all complete, 1: some failed, 2: bad usage.
+# any time and start it again. Ctrl-C, SIGTERM and SLURM's warning save; what is killed outright goes on from its latest
+# checkpoint (--save-every). Paths count from this script's folder; .hdf5 files need a benchmark of their own, as all
+# its runs get -- --eval-env. Logs: RUN_DIR/logs. Exit code 0: all complete, 1: some failed, 2: bad usage.
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -200,10 +203,11 @@ for word in "${EXTRA[@]//_/-}"; do
   [[ ! $word =~ ^--($own)(=.*)?$ ]] || fail "$word stands after --, where every run would get it; see --help"
 done
 for script in $SCRIPTS; do [[ -v FLAGS[$script] ]] || fail "unknown script $script; there are: ${!FLAGS[*]}"; done
-for number in $OFFLINE_STEPS $ONLINE_STEPS $WORKERS $SEEDS; do
+OFFLINE_STEPS=${OFFLINE_STEPS//_/} ONLINE_STEPS=${ONLINE_STEPS//_/} RUN_DIR=${RUN_DIR%/} # 50_000, runs/
+for number in "$OFFLINE_STEPS" "$ONLINE_STEPS" "$WORKERS" $SEEDS; do
   [[ $number =~ ^(0|[1-9][0-9]*)$ ]] || fail "$number is not a whole number (steps, workers and seeds are)"
 done
-for number in $OFFLINE_STEPS $ONLINE_STEPS $WORKERS; do
+for number in "$OFFLINE_STEPS" "$ONLINE_STEPS" "$WORKERS"; do
   ((number > 0)) || fail "steps and workers must be at least 1"
 done
 
@@ -245,6 +249,7 @@ if [[ -n $SLURM ]]; then
   [[ -z $(squeue --noheader --name "$JOB") ]] || fail "runs of $RUN_DIR are in the queue already (squeue --name $JOB)"
   if ids=$(submit "$RUN_DIR/logs/offline.tsv" "") && ids+=$'\n'$(submit "$RUN_DIR/logs/online.tsv" "${ids##*$'\n'}"); then
     echo "submitted:" "${ids//$'\n'/ }"
+    echo "once they have ended, the same with --dry-run lists what is left; logs in $RUN_DIR/logs"
     exit
   fi
   ids=${ids//$'\n'/ }
@@ -264,6 +269,7 @@ end_if_complete
 failed=$(left "$RUN_DIR/logs/runs.tsv")
 echo "$(wc -l <<<"$failed") of $TOTAL runs not complete:"
 while IFS=$'\t' read -r name command; do
-  echo "  $RUN_DIR/logs/$name.log: $(tail -c 2000 "$RUN_DIR/logs/$name.log" 2>/dev/null | tr '\r' '\n' | grep -av '^$' | tail -n 1)"
+  [[ -e $RUN_DIR/logs/$name.log ]] || { echo "  $name: not started"; continue; }
+  echo "  $RUN_DIR/logs/$name.log: $(tail -c 2000 "$RUN_DIR/logs/$name.log" | tr '\r' '\n' | grep -av '^$' | tail -n 1)"
 done <<<"$failed"
 exit 1

@@ -10,7 +10,7 @@ share is deployed, where they show a loss, it is given up. An explorer that is c
 
 How to read it: `Agent` is IQL (equation numbers of arXiv 2110.06169), the offline learner and then the guide;
 `Explorer` is the online learner, SAC; `Gate` decides who acts; `train`, the last function, is the run from top to
-bottom. IQL departs from its authors' as in iql_finetune.py ([D1] to [D5], [D7], [D8] there). Tasks, data, buffer,
+bottom. IQL departs from its authors' as in iql_finetune.py ([D1] to [D5], [D7] to [D9] there). Tasks, data, buffer,
 evaluation and run folder are the same text in all four scripts of CleanO2O. Metrics and results: README.md. Our
 choices:
 [D1] The guide is the mean action of the offline policy, frozen. At level e it acts until step (1 - e) * its own median
@@ -123,7 +123,7 @@ class Args:
     eval_every: int = 5_000  # gradient steps (offline), environment steps (online)
     eval_episodes: int = 10  # per evaluation
     offline_checkpoint: str | None = None  # start online from the offline.pt of another run of the same task
-    save_every: int = 50_000  # steps between checkpoints
+    save_every: int = 10_000  # steps between checkpoints
     resume: bool = False  # continue the run folder from its checkpoint; starts anew where there is none
     track: bool = False  # also log to Weights & Biases
     wandb_project_name: str = "cleano2o"  # where --track logs to
@@ -210,6 +210,19 @@ class CountSubtasks(gym.Wrapper):
         return obs, reward, terminated, truncated, info | {"gain": gain}
 
 
+class EndAtDrop(gym.Wrapper):
+    """A dropped pen terminates the episode, as in D4RL; in Gymnasium-Robotics it lies there and costs 5 a step."""
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        return obs, reward, terminated or bool(dropped(obs)), truncated, info
+
+
+def dropped(obs: np.ndarray) -> np.ndarray:
+    """Whether the pen, whose height is number 26 of its observations, has left the hand."""
+    return obs[..., 26] < 0.075
+
+
 WRAPPERS = dict.fromkeys(GOAL_DOMAINS, EndAtGoal) | {"kitchen": CountSubtasks}  # whose return is not a sum of rewards
 
 
@@ -244,6 +257,7 @@ class Task:
         the return that scores are of, where that is not the reward."""
         env = gym.make(self.env_spec, **({"render_mode": "rgb_array"} if video_dir else {}))
         env = gym.wrappers.RecordVideo(env, str(video_dir), episode_trigger=lambda _: True) if video_dir else env
+        env = EndAtDrop(env) if "HandPen" in self.env_spec.id else env
         env = WRAPPERS.get(self.domain, lambda env: env)(env)
         box = gym.spaces.Box(-np.inf, np.inf, self.obs_mean.shape, np.float32)
         return gym.wrappers.RescaleAction(gym.wrappers.TransformObservation(env, self.transform_obs, box), -1.0, 1.0)
@@ -254,6 +268,10 @@ def flatten_obs(obs):
     if not isinstance(obs, dict):
         return obs
     keys = ("achieved_goal", "observation", "desired_goal")
+    if not obs.keys() >= set(keys):
+        fail(
+            f"observations are a dict of {', '.join(obs)}; only vectors and dicts with {', '.join(keys)} are supported"
+        )
     return obs["observation"] if isinstance(obs[keys[2]], dict) else np.concatenate([obs[key] for key in keys], -1)
 
 
@@ -273,23 +291,27 @@ def read_hdf5(path: Path, max_episode_steps: int) -> dict[str, np.ndarray]:
 
 
 def read_minari(dataset: minari.MinariDataset) -> dict[str, np.ndarray]:
-    """A Minari dataset: its episodes have one observation more than steps, so every next observation is known."""
+    """A Minari dataset: its episodes have one observation more than steps, so every next observation is known. Those of
+    pointmaze are cut from one run, where the goal is reached, and begin with the goal of the one before."""
     keys, rows = ("obs", "action", "next_obs", "reward", "terminated", "truncated"), []
     for episode in dataset.iterate_episodes():
+        goal = episode.observations["desired_goal"] if isinstance(episode.observations, dict) else None
+        if isinstance(goal, np.ndarray):
+            goal[0] = goal[1]
         obs, terminated = flatten_obs(episode.observations), episode.terminations
         truncated = ~terminated & (np.arange(len(episode)) == len(episode) - 1)
         rows.append((obs[:-1], episode.actions, obs[1:], episode.rewards, terminated, truncated))
     return dict(zip(keys, map(np.concatenate, zip(*rows, strict=True)), strict=True))
 
 
-def end_at_goal(data: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Episodes up to their first reward, as `EndAtGoal` does online: Minari's antmaze data stay at the goal for half of
-    their steps and are paid for each."""
-    last, reached = data["terminated"] | data["truncated"], data["reward"] > 0
+def end_at(ends: np.ndarray, data: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Episodes up to the first transition that `ends` them, as `EndAtGoal` and `EndAtDrop` do online: Minari's antmaze
+    data stay at the goal for half of their steps and are paid for each."""
+    last = data["terminated"] | data["truncated"]
     first = np.append(True, last[:-1])
-    earlier = np.cumsum(reached) - reached  # in the whole file
+    earlier = np.cumsum(ends) - ends  # in the whole file
     keep = earlier == earlier[first][np.cumsum(first) - 1]
-    data = data | {"terminated": data["terminated"] | reached, "truncated": data["truncated"] & ~reached}
+    data = data | {"terminated": data["terminated"] | ends, "truncated": data["truncated"] & ~ends}
     return {key: column[keep] for key, column in data.items()}
 
 
@@ -320,10 +342,13 @@ def download(dataset_id: str, path: Path) -> None:
 
 def find_dataset(args: Args) -> tuple[str, Path, str]:
     """Id, local path and environment (first word of the task) of the dataset: local, else official, else stand-in."""
-    name, path = args.env_id.removesuffix("-v2"), Path(args.env_id)
+    name, path = args.env_id, Path(args.env_id)
+    name = next((short for short, full in TASKS.items() if full == name), name)  # hopper-medium-v2: hopper-medium
     if path.suffix == ".hdf5":
         if not path.exists() or not args.eval_env:
             fail(f"{path}: no such file" if args.eval_env else f"{path} needs --eval-env, for instance Hopper-v4")
+        if args.dataset == "stand-in":
+            fail(f"there is no stand-in for a file; leave out --dataset stand-in, or give a short name, not {path}")
         env = re.split("[-_]", args.eval_env.lower())[0]
         return path.stem, path, env.removeprefix("adroithand").removeprefix("franka")
     if args.eval_env:
@@ -340,7 +365,7 @@ def find_dataset(args: Args) -> tuple[str, Path, str]:
     path = minari.storage.get_dataset_path(dataset_id) if "/" in dataset_id else folder / file
     try:
         if args.dataset != "stand-in":
-            if not path.exists():
+            if not (path / "data" if "/" in dataset_id else path).exists():
                 download(dataset_id, path)
             return dataset_id, path, env
     except Exception as error:  # whatever server, network and libraries raise: it is not to be had
@@ -348,7 +373,9 @@ def find_dataset(args: Args) -> tuple[str, Path, str]:
     if args.dataset == "stand-in" and "/" in args.env_id:
         fail(f"there is no stand-in for {args.env_id}; leave out --dataset stand-in, or give a short name")
     if args.dataset == "official" or "/" in args.env_id:
-        fail(f"{dataset_id} is not at {path}: put it there, or use a short name and --dataset stand-in")
+        known = difflib.get_close_matches(dataset_id, TASKS.values(), 3)
+        near = f"; nearest: {', '.join(known)}" if known and dataset_id not in known else ""
+        fail(f"{dataset_id} is not at {path}: put it there, or use a short name and --dataset stand-in{near}")
     stand_in, maker = f"o2o/{env}/{kind}-v0", Path(__file__).with_name("make_dataset.py")
     path, command = minari.storage.get_dataset_path(stand_in), [sys.executable, maker, "collect", "--env-id", name]
     if not path.exists() and (not maker.exists() or subprocess.run(command).returncode):
@@ -386,6 +413,8 @@ def load_task(args: Args) -> Task:
     box, obs, n = world.action_space, flatten_obs(world.reset(seed=0)[0]), len(data["obs"])
     if not isinstance(box, gym.spaces.Box) or not box.is_bounded():
         fail(f"{dataset_id}: actions are {box}; only continuous, bounded ones are supported")
+    if np.ndim(obs) != 1 or len(box.shape) != 1:
+        fail(f"{dataset_id}: observations are {np.shape(obs)}, actions {box.shape}; only vectors of both are supported")
     shapes = {"obs": obs.shape, "next_obs": obs.shape, "action": box.shape, "reward": (), "terminated": ()}
     for key, shape in shapes.items():
         numbers = data[key].dtype.kind in "fiub"
@@ -397,7 +426,9 @@ def load_task(args: Args) -> Task:
     if domain in GOAL_DOMAINS:
         if not np.isin(data["reward"], (0, 1)).all():
             fail(f"{dataset_id}: rewards are not 0 or 1; a goal task needs its sparse dataset")
-        data = end_at_goal(data)
+        data = end_at(data["reward"] > 0, data)
+    if "HandPen" in world.spec.id:
+        data = end_at(dropped(data["next_obs"]), data)
     last, n = data["terminated"] | data["truncated"], len(data["obs"])
     first = np.append(0, np.flatnonzero(last)[:-1] + 1)
     combine = np.maximum if domain == "kitchen" else np.add  # the most subtasks solved at once; see CountSubtasks
@@ -975,7 +1006,8 @@ class Run:
         args, progress, self.parts, checkpoint = self.args, self.progress, parts, self.dir / "checkpoint.pt"
         settings = {name: value for name, value in vars(args).items() if name != "resume"}
         settings |= {"dataset_id": task.dataset_id, "script": Path(__file__).stem}
-        self.settings = {f"--{name}": value for name, value in settings.items()}  # no name of a part
+        same = {name: value for name, value in settings.items() if name != "save_every"}
+        self.settings = {f"--{name}": value for name, value in same.items()}  # no name of a part
         if checkpoint.exists():
             saved = load_file(checkpoint, **self.settings)
             progress.update(saved["progress"])
@@ -987,6 +1019,23 @@ class Run:
         git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         found = subprocess.run(git, capture_output=True, text=True).stdout if shutil.which("git") else ""
         self.commit = found.strip() or None
+        if args.capture_video:
+            try:
+                env = gym.make(task.env_spec, render_mode="rgb_array")
+                env.reset(seed=0)
+                env.render()
+            except Exception as error:  # whatever environment, MuJoCo and OpenGL raise
+                cure = "without a screen, set MUJOCO_GL=egl or MUJOCO_GL=osmesa"
+                fail(f"--capture-video: cannot render {task.env_spec.id} ({error!r:.100}); {cure}")
+        if args.track:
+            import wandb
+
+            names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": self.dir.name}
+            known = {"id": progress.get("wandb_id"), "resume": "allow"}  # what is resumed goes on there, too
+            try:
+                progress["wandb_id"] = wandb.init(**names, **known, config=settings, sync_tensorboard=True).id
+            except Exception as error:  # whatever it and the network raise
+                fail(f"--track: {error}; run wandb login, or set WANDB_MODE=offline")
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -994,12 +1043,6 @@ class Run:
         save_file(self.dir / "args.json", settings)
         with contextlib.suppress(shutil.SameFileError):  # the copy itself, run again
             shutil.copy(__file__, self.dir)
-        if args.track:
-            import wandb
-
-            names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": self.dir.name}
-            known = {"id": progress.get("wandb_id"), "resume": "allow"}  # what is resumed goes on there, too
-            progress["wandb_id"] = wandb.init(**names, **known, config=settings, sync_tensorboard=True).id
         purge = {"offline": progress["offline_step"] + 1, "online": progress["online_step"] + bool(progress["steps"])}
         self.writers = {phase: SummaryWriter(self.dir / phase, purge_step=step) for phase, step in purge.items()}
         for writer in self.writers.values():

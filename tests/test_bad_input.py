@@ -3,6 +3,7 @@
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import h5py
@@ -12,6 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, TOY_ID, record
 from minari.data_collector import EpisodeBuffer
+from toy_env import ToyEnv
 
 import iql_finetune as iql
 
@@ -315,6 +317,47 @@ def test_unbounded_actions(refuse):
     assert "actions" in refuse(env_id="x/pendulum/some-v0")
 
 
+def test_observations_that_are_no_vector(refuse):
+    spec = gym.envs.registration.EnvSpec("x/Matrix-v0", "toy_env:MatrixEnv", max_episode_steps=4)
+    flags = [False] * 4, [False] * 3 + [True]
+    obs, action = np.zeros((5, 2, 3), np.float32), np.zeros((4, 2), np.float32)
+    record("x/matrix/some-v0", spec, [EpisodeBuffer(None, None, None, obs, action, [1.0] * 4, *flags)])
+    line = refuse(env_id="x/matrix/some-v0")
+    assert "(2, 3)" in line and "vectors" in line
+    with pytest.raises(SystemExit):
+        iql.flatten_obs({"camera": obs, "joints": obs})
+
+
+def test_part_of_an_id(refuse):
+    """Its folder is there and holds other datasets, which nobody is told to delete."""
+    line = refuse(env_id=TOY_ID.rpartition("/")[0])
+    assert "delete" not in line and "is not at" in line
+    assert "nearest: D4RL/antmaze/umaze-v1" in refuse(env_id="D4RL/antmaze/umaz-v1")
+
+
+def test_a_file_has_no_stand_in(refuse, tmp_path):
+    path = hdf5(tmp_path / "mine.hdf5")
+    assert "no stand-in" in refuse(env_id=str(path), eval_env="Hopper-v4", dataset="stand-in")
+
+
+def test_an_environment_that_cannot_be_filmed(refuse, monkeypatch):
+    def render(self):
+        raise RuntimeError("an OpenGL platform library has not been loaded")
+
+    monkeypatch.setattr(ToyEnv, "render", render)
+    line = refuse(capture_video=True)
+    assert "--capture-video" in line and "OpenGL" in line and "MUJOCO_GL" in line
+
+
+def test_weights_and_biases_that_cannot_begin(refuse, monkeypatch):
+    def init(**_):
+        raise RuntimeError("No API key configured")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    line = refuse(track=True)
+    assert "--track: No API key" in line and "wandb login" in line
+
+
 @pytest.mark.parametrize("error", [ConnectionError("first line\nsecond line"), TimeoutError(), AssertionError()])
 def test_whatever_the_server_and_its_libraries_raise(refuse, monkeypatch, error):
     def download(*_):
@@ -405,6 +448,8 @@ def test_resume_with_other_arguments(refuse, toy_args):
         assert next(iter(other)) in line and str(next(iter(other.values()))) in line and len(line) < 400
     now = (run_folder(toy_args) / "checkpoint.pt").read_bytes(), (run_folder(toy_args) / "args.json").read_text()
     assert now == saved
+    more_often = {"resume": True, "offline_steps": 5, "online_steps": 5, "save_every": 1}  # is not another run
+    assert iql.train(iql.Args(**toy_args | more_often))["online_steps"] == 5
 
 
 def test_resume_with_other_data_or_another_script(refuse, toy_args, monkeypatch):

@@ -298,6 +298,15 @@ def test_goal_tasks_end_at_the_goal(capsys):
     assert re.search(line, capsys.readouterr().out)
 
 
+def test_pointmaze_episodes_begin_with_their_own_goal():
+    """Minari's are cut from one run: the first observation has the goal that was just reached (its issue 265)."""
+    goals = np.array([0.0, 1.0, 1.0])[:, None]
+    obs = {"observation": np.zeros((3, 1)), "achieved_goal": np.array([0.0, 0.5, 1.0])[:, None], "desired_goal": goals}
+    record("toy/pointmaze/cut-v0", TOY_GOAL, [episode(obs, np.ones((2, 1)), [0, 1], False, True)])
+    data = iql.load_task(make_args(env_id="toy/pointmaze/cut-v0")).data
+    assert data["obs"].tolist() == [[0, 0, 1], [0.5, 0, 1]] and data["next_obs"][:, 2].tolist() == [1, 1]
+
+
 U = [[1, 1, 1, 1, 1], [1, 0, 0, 0, 1], [1, 1, 1, 0, 1], [1, 0, 0, 0, 1], [1, 1, 1, 1, 1]]
 NAMED = [[1, 1, 1, 1, 1], [1, 0, 0, "r", 1], [1, 0, 1, 1, 1], [1, 0, 0, "g", 1], [1, 1, 1, 1, 1]]
 
@@ -439,6 +448,29 @@ def test_kitchen_counts_each_subtask_once_in_episodes_as_long_as_d4rls(capsys):
         steps.append((reward, info["gain"]))
     assert steps == [(0, 0)] * 19 + [(1, 1), (1, 0), (1, 0), (2, 1), (2, 0), (2, 0)]
     assert iql.evaluate(solve, env, task, args) == {"return": 2.0, "normalized_score": 50.0}
+
+
+def test_a_dropped_pen_ends_the_episode_as_in_d4rl():
+    """In Gymnasium-Robotics it lies there and costs 5 a step."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        real = gym.make("AdroitHandPen-v1", max_episode_steps=60)
+        rng = np.random.default_rng(0)
+        episodes = rollout(real, lambda obs: rng.uniform(-1, 1, 24).astype(np.float32), 4)
+        record("D4RL/pen/human-v2", real.spec, episodes)
+    heights = [recorded.observations[1:, 26] for recorded in episodes]
+    lengths = [int(np.argmax(height < 0.075)) + 1 if (height < 0.075).any() else 60 for height in heights]
+    assert min(lengths) < 60, "none was dropped"
+    task = iql.load_task(make_args(env_id="pen-human"))
+    assert len(task.data["obs"]) == sum(lengths) and task.episodes == 4
+    ends = np.cumsum(lengths) - 1
+    assert np.flatnonzero(task.data["terminated"]).tolist() == [e for e, n in zip(ends, lengths, strict=True) if n < 60]
+    assert np.flatnonzero(task.data["truncated"]).tolist() == [e for e, n in zip(ends, lengths, strict=True) if n == 60]
+    i = int(np.argmin(lengths))
+    env, actions = task.make_env(), np.clip(episodes[i].actions, -1 + 1e-5, 1 - 1e-5)
+    env.reset(seed=i)
+    steps = [env.step(action)[2:4] for action in actions[: lengths[i]]]
+    assert steps == [(False, False)] * (lengths[i] - 1) + [(True, False)]
 
 
 # ---- names ----

@@ -65,6 +65,15 @@ class ToyGoalEnv(gym.Env):
         return self.observe(), float(success), False, False, {"success": success}
 
 
+class MatrixEnv(ToyEnv):
+    """Its observation is no vector."""
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (2, 3))
+
+    def reset(self, *, seed=None, options=None):
+        return np.zeros((2, 3), np.float32), {}
+
+
 class BareEnv(gym.Env):
     """No render_mode, and a time limit of its own."""
 

@@ -386,9 +386,10 @@ def load_task(args: Args) -> Task:
     spread = ref_max - ref_min if domain in WRAPPERS else max(best - worst, 1e-6)
     resolved = args.domain_values["any"] | args.domain_values[domain]
     vars(args).update({name: value for name, value in resolved.items() if getattr(args, name) is None})
-    if best == worst and (ref_min == ref_max or not args.reward_scale):
-        cure = "give --reward-scale, and ref_min_score and ref_max_score in its metadata where there are none"
-        fail(f"{dataset_id}: all returns are {worst:.1f}, no scale for rewards and scores; {cure}")
+    if ref_min == ref_max or (best == worst and not args.reward_scale):
+        found = f"returns are {worst:.1f} to {best:.1f}, reference scores {ref_min:.1f} to {ref_max:.1f}"
+        cure = "give --reward-scale, and a ref_min_score and a larger ref_max_score in its metadata"
+        fail(f"{dataset_id}: {found}, which is no scale for rewards and scores; {cure}")
     scale = args.reward_scale = float(args.reward_scale or 1000 / spread)
     print("  ".join(f"{name} {getattr(args, name)}" for name in resolved))
     mean, std = 0 * obs, 0 * obs + 1
@@ -661,7 +662,7 @@ class Run:
             (counts, "be at least 1", lambda v: v >= 1),
             (shares, "lie in [0, 1]", lambda v: 0 <= v <= 1),
             (amounts, "be at least 0", lambda v: v >= 0),
-            ("window", "be at least 2", lambda v: v >= 2),
+            ("window", "be at least 4", lambda v: v >= 4),
             ("confidence", "lie in [0.5, 1)", lambda v: 0.5 <= v < 1),
             ("gamma", "lie between 0 and 1", lambda v: 0 < v < 1),
             ("learning_rate critic_learning_rate actor_learning_rate initial_std", "be above 0", lambda v: v > 0),

@@ -21,14 +21,16 @@ choices:
      once (halfcheetah: from 40 to -2 within 2,500 updates); the copies dip by 9 and recover within 5,000. Batches are
      half dataset, half online. No update before the guide's warm-up episodes.
 [D4] The gate compares explorer and guide in points of normalised score, by returns or by advantages: the return from
-     the switch on minus V_guide(s, t), least squares on the guide's own returns over t and IQL's V. It only cancels
-     noise: the guide's episodes, each left out of the fit, are measured by it too, and its error is in both means. Of
-     two fits, with and without IQL's V, the one that leaves the guide's own episodes less variance.
+     the switch on minus V_guide(s, t), least squares on the guide's own returns over t and IQL's V. V_guide only takes
+     noise away: its error does not bias the comparison, as the guide's own episodes are measured against it in the same
+     way, each against a fit without it. Of two fits, with and without IQL's V, the one that leaves them less variance.
 [D5] Bounds: one-sided t interval of the difference of two means, the larger of own and pooled variance on both. Their
-     confidence is nominal: of 0.9 an upper bound has 0.92 for three results as noisy as the guide's, 0.85 for some four
-     times as noisy, and the lower of two [D7] 0.87 and 0.82; and there is a look after every episode. Where the noise
-     of an episode is four times the tolerance, an explorer no better than its guide opens one gate in three, as no more
-     than ten results of a trial count: older ones are of another explorer.
+     confidence is nominal: of 0.9, with thirty episodes of the guide, an upper bound has 0.92 for three results as
+     noisy as the guide's, 0.85 for some four times as noisy, and the lower of two [D7] 0.87 and 0.82; and there is a
+     look after every episode. Where all results of both are the same, as successes may be, the interval has no width:
+     three of them open a level. Where the noise of an episode is four times the tolerance, an explorer no better than
+     its guide opens one gate in three, as no more than ten results of a trial count: older ones are of another
+     explorer.
 [D6] Levels. `level` is confirmed and deployed; training episodes act at `trial`, one step above or the same.
      - A trial is confirmed, after three episodes at least, when its lower bound is above the reference less the
        tolerance. The reference is the best lower bound so far up to that level, or the guide: it rises with every level
@@ -51,15 +53,16 @@ choices:
 [D9] SAC may lose what it has gained. So an explorer at level 1 whose lower bound, of all results or of the last four,
      is above its guide by more than the tolerance is copied (--promote), after five results there and an episode no
      worse than either's mean. The frozen copy acts alone in training episodes, and is deployed as its explorer was,
-     until the bounds of its own returns decide: it becomes the guide, or is dropped. Either way trials go on at level
-     1. Bounds of a policy that learns on say little of one moment: hopper's copy of a policy that had returned 3,300
-     returned 330.
+     until the bounds of its own returns decide: it becomes the guide, as one in six equal ones does where there is no
+     fall [D11], or is dropped. Either way trials go on at level 1. Bounds of a policy that learns on say little of one
+     moment: hopper's copy of a policy that had returned 3,300 returned 330.
 [D10] Nor do they tell that it is about to collapse: hopper-expert's explorer returned 10 after eight episodes of 100 to
      105. So the explorer acts as it is at the start of the episode, and what is deployed, or copied, is how it acted in
-     the latest episode that returned no less than the guide's mean (a trial's first episode is not looked at).
-[D11] Nor do they show a rare fall. Where episodes can end in one, what is deployed, or becomes the guide, gains more on
-     average than one fall in n + 1 episodes would cost, n being its own. Hopper-expert's explorer was as good as its
-     guide, and no better, in 13 episodes, and then fell in seven of ten.
+     the latest episode that the estimator [D4] holds for no worse than the guide's mean (a trial's first is not looked
+     at).
+[D11] Nor do they show a rare fall. Where episodes can end in one, as some of the dataset or online did, what is
+     deployed, or becomes the guide, gains more on average than one fall in n + 1 episodes would cost, n being its own.
+     Hopper-expert's explorer was as good as its guide, and no better, in 13 episodes, and then fell in seven of ten.
 [D12] `--gate curriculum` and `random` are Jump Start's schedules on all of the above: its explorer is IQL, its batches
      are three quarters online data, of a buffer of 100,000, and evaluations end its stages, here training episodes do.
 """
@@ -440,9 +443,10 @@ def load_task(args: Args) -> Task:
     spread = ref_max - ref_min if domain in WRAPPERS else max(best - worst, 1e-6)
     resolved = args.domain_values["any"] | args.domain_values[domain]
     vars(args).update({name: value for name, value in resolved.items() if getattr(args, name) is None})
-    if best == worst and (ref_min == ref_max or not args.reward_scale):
-        cure = "give --reward-scale, and ref_min_score and ref_max_score in its metadata where there are none"
-        fail(f"{dataset_id}: all returns are {worst:.1f}, no scale for rewards and scores; {cure}")
+    if ref_min == ref_max or (best == worst and not args.reward_scale):
+        found = f"returns are {worst:.1f} to {best:.1f}, reference scores {ref_min:.1f} to {ref_max:.1f}"
+        cure = "give --reward-scale, and a ref_min_score and a larger ref_max_score in its metadata"
+        fail(f"{dataset_id}: {found}, which is no scale for rewards and scores; {cure}")
     scale = args.reward_scale = float(args.reward_scale or 1000 / spread)
     print("  ".join(f"{name} {getattr(args, name)}" for name in resolved))
     mean, std = 0 * obs, 0 * obs + 1
@@ -722,8 +726,11 @@ def bounds(sample: list[float], reference: list[float], confidence: float) -> tu
     return float(estimate), float(estimate - half), float(estimate + half)
 
 
+TIE = 1e-6  # points; what is fitted is not exact
+
+
 def features(t, value) -> np.ndarray:
-    """What V_guide(s, t) is linear in [D4]; t and IQL's V may be arrays."""
+    """What V_guide(s, t) is linear in [D4]; t and IQL's V, in units of the guide's largest, may be arrays."""
     return np.stack([np.ones_like(value), t / 1000, value, value * t / 1000], -1)
 
 
@@ -789,7 +796,8 @@ class Gate:
     def samples(self) -> dict[str, tuple[list[float], list[float]]]:
         """Results of the explorer and of the guide, by each estimator, of the episodes that reached the switch [D4]."""
         g = [np.cumsum(gains[::-1])[::-1] for _, gains in self.guide]
-        x = [features(np.arange(len(values)), np.array(values)) for values, _ in self.guide]
+        unit = max(np.abs(values).max() for values, _ in self.guide) + 1e-9
+        x = [features(np.arange(len(values)), np.array(values) / unit) for values, _ in self.guide]
         switch, pairs = self.switch_step(self.trial), []
         reached = [i for i in range(len(g)) if len(g[i]) > switch]
         for k in (2, 4):  # without and with IQL's V: after few episodes it may only add noise
@@ -799,7 +807,7 @@ class Gate:
             inverse = np.linalg.pinv(gram.sum(0) - gram, 1e-9, hermitian=True)
             left_out = np.einsum("mij,mj->mi", inverse, moment.sum(0) - moment)  # each from all episodes but its own
             errors = [g[i][switch] - x[i][switch, :k] @ left_out[i] for i in reached]
-            own = [sum(gains[t:]) - features(t, values[t])[:k] @ weights for values, gains, t in self.results]
+            own = [sum(gains[t:]) - features(t, values[t] / unit)[:k] @ weights for values, gains, t in self.results]
             pairs.append((own, errors))
         returns = [sum(gains) for _, gains, _ in self.results], [g[i][0] for i in reached]
         return {"advantage": min(pairs, key=lambda pair: np.var(pair[1])), "returns": returns}
@@ -832,8 +840,8 @@ class Gate:
             sample, guide = pairs[self.args.estimator]
             estimate, lower, upper = bounds(sample, guide, confidence)
             recent, latest_lower, latest_upper = bounds(sample[-4:], guide, confidence)
-            self.losing = bool(estimate < self.hidden_loss(self.trial, len(sample)) or recent < 0)
-            proven = acted and sample[-1] >= np.mean(guide)  # [D10]
+            self.losing = bool(estimate < self.hidden_loss(self.trial, len(sample)) - TIE or recent < -TIE)
+            proven = acted and sample[-1] >= np.mean(guide) - TIE  # [D10]
             estimate, upper = recent if latest_upper < -self.margin() else estimate, min(upper, latest_upper)
             estimates = estimate, lower, upper
             named = {"estimate": estimate, "lower": lower, "upper": upper, "reference": reference}
@@ -845,7 +853,7 @@ class Gate:
         if self.warm and not self.candidate:
             decision = self.decide(*estimates, reference)
         better = self.level == 1 and len(self.results) >= 5 and max(lower, latest_lower) > self.tolerance
-        better = better and proven and sample[-1] >= np.mean(sample)  # not where the latest episode begins a fall
+        better = better and proven and sample[-1] >= np.mean(sample) - TIE  # not where the latest episode begins a fall
         if better and self.args.promote and self.args.gate == "confidence":
             self.candidate, self.results = True, []
             self.level, self.trial, self.notch, self.wait = 0.0, 0.0, 1.0, 0
@@ -872,7 +880,10 @@ class Gate:
         args, before = self.args, self.trial
         if args.gate in ("open", "closed", "random"):  # random: Jump Start's, any switching step, the explorer deployed
             self.level = float(args.gate != "closed")
-            self.trial = random.random() if args.gate == "random" else self.level
+            if args.gate == "random":
+                self.trial, self.results = random.random(), []
+            else:
+                self.trial = self.level
             return 0
         if args.gate == "curriculum":  # Jump Start's: ten stages, on when an average of five or more is near the best
             near = len(self.results) >= 5 and estimate >= max(bound for _, bound in self.confirmed) - self.tolerance
@@ -885,10 +896,11 @@ class Gate:
         opens = self.trial > self.level and len(self.results) >= 3 and lower > reference - self.tolerance
         refuted = self.trial > 0 and upper < -self.margin()
         if refuted:
+            step = self.trial - self.level or self.notch
             if self.trial == self.level:  # to where the loss is tolerated, if it is in proportion to the level [D7]
                 share = math.floor(10 * self.level * self.tolerance / -estimate) / 10
                 self.level = max(min(share, round(self.level - 0.1, 6)), 0.0)
-            self.trial, self.notch = self.level, max(self.notch / 2, 0.1)
+            self.trial, self.notch = self.level, max(step / 2, 0.1)
             self.wait, self.patience = self.patience, math.ceil(1.5 * self.patience)
         elif opens:
             self.level, self.notch, self.wait = self.trial, 2 * self.notch, 0
@@ -972,7 +984,7 @@ class Run:
             (counts, "be at least 1", lambda v: v >= 1),
             (shares, "lie in [0, 1]", lambda v: 0 <= v <= 1),
             (amounts, "be at least 0", lambda v: v >= 0),
-            ("window", "be at least 2", lambda v: v >= 2),
+            ("window", "be at least 4", lambda v: v >= 4),
             ("confidence", "lie in [0.5, 1)", lambda v: 0.5 <= v < 1),
             ("gamma", "lie between 0 and 1", lambda v: 0 < v < 1),
             ("learning_rate critic_learning_rate actor_learning_rate initial_std", "be above 0", lambda v: v > 0),
@@ -1202,6 +1214,7 @@ def train(args: Args) -> dict:
         if over:
             states, gains, explored = zip(*trail, strict=True)
             values = guide.value(torch.from_numpy(np.stack(states)).to(device)).squeeze(-1).tolist()
+            gate.may_fall = gate.may_fall or bool(terminated and task.domain not in WRAPPERS)
             decided = gate.end(step, level, values, gains) | {"gate/explorer_share": np.mean(explored)}
             run.log("online", step, {"episodic_return": episode_return, "gate/offset": offset} | decided)
             if decided["gate/proven"]:

@@ -20,23 +20,24 @@ there). Our choices, some of which rest on runs in results/README.md:
      the end of the episode: a Q that has not seen what the learner's actions lead to overrates them, and yet looks
      calibrated, and a fall may come hundreds of steps after its cause. A probe may begin once TD error and drift are
      small. Once the new Q is stable, some whole episodes are the learner's, too, with its weights as they are at the
-     start: what it does in states that the retained policy has led to says little of what it would do by itself.
+     start (its Q's promises there are of the action that it would take by then): what it does in states that the
+     retained policy has led to says little of what it would do by itself.
 [D2] The learner is SAC from the offline policy's mean action, at a fixed small temperature: a learned one ran away.
 [D3] Its critics start as IQL's (LayerNorm critics fitted to IQL's Q on the dataset overrated its actions at once).
      Batches are half dataset, half online. No update before a window of segments.
 [D4] Selection. The learner acts in a state where both critics of the selecting Q promise more than a margin above the
-     retained action. The margin is what promises exceeded the gains obtained by in recent segments, plus its standard
-     error. It is 0 once the new Q is stable, as a learner that seldom acts seldom learns, and the learner acts in every
-     state while its latest whole episodes gain: return more than the retained policy's by more than their standard
-     error. Where the latest selections lost by more than their standard error, the retained policy acts alone until
-     they are five windows old. What is deployed only gains by replacement [D7]: gains in value are discounted by 0.99
-     and miss what ends an episode.
+     retained action. The margin is by how much promises exceeded the gains obtained in recent segments, plus its
+     standard error. It is 0 once the new Q is stable, as a learner that seldom acts seldom learns, and the learner acts
+     in every state while its latest whole episodes gain: return more than the retained policy's by more than their
+     standard error. Where the latest selections lost by more than their standard error, the retained policy acts alone
+     until they are five windows old. What is deployed only gains by replacement [D7]: gains in value are discounted by
+     0.99 and miss what ends an episode.
 [D5] Stability. The new Q is stable once three measures are small over a window: its TD error, its drift at fixed
      states, and by how much its promises in probes exceed k-step returns. It stays so until one of them exceeds twice
-     its limit, or is not known for want of recent probes. It is not where the latest episodes of no single policy
-     returned less than the retained policy's by more than two standard errors. Until then the retained Q selects, by
-     the same rule. To promise less than is obtained does no harm, and SAC's Q does: it is of noisy actions, the lower
-     of two, with a negative entropy.
+     its limit, or is not known for want of recent probes. It is not stable, either, where the latest episodes in which
+     both policies acted returned less than the retained one's own by more than two standard errors. Until then the
+     retained Q selects, by the same rule. To promise less than is obtained does no harm, and SAC's Q does: it is of
+     noisy actions, the lower of two, with a negative entropy.
 [D6] A gain obtained is a sum of TD errors of the retained policy's fitted Q. Whatever is wrong with that Q shows in the
      segments of the retained policy alone and is subtracted.
 [D7] Replacement.
@@ -56,8 +57,8 @@ there). Our choices, some of which rest on runs in results/README.md:
      - A copy on trial gives way to weights whose whole episode returned more than any of its own and of the retained
        policy's, and to a learner whose values promise more than it has shown in three. After a trial is a window of
        segments before values may propose again.
-     - The replaced policy is kept. Every other episode is one of the new one's, whole, until it has ten, or the test
-       leaves no doubt (0.01); if the former one's returned more on average, it is restored.
+     - The replaced policy is kept. Every other episode is one of the new one's, whole, until it has ten since its
+       trial, or the test leaves no doubt (0.01); if the former one's returned more on average, it is restored.
 [D8] A learner that may rarely act gets few data to correct what it overrates. So its policy loss holds it to the
      retained policy, as TD3+BC (Fujimoto, Gu 2021) does to the data: ever less while it is stable, more while it is
      not. Unless its whole episodes gain [D4], never less than a quarter, nor than twice what it was held by when
@@ -452,9 +453,10 @@ def load_task(args: Args) -> Task:
     spread = ref_max - ref_min if domain in WRAPPERS else max(best - worst, 1e-6)
     resolved = args.domain_values["any"] | args.domain_values[domain]
     vars(args).update({name: value for name, value in resolved.items() if getattr(args, name) is None})
-    if best == worst and (ref_min == ref_max or not args.reward_scale):
-        cure = "give --reward-scale, and ref_min_score and ref_max_score in its metadata where there are none"
-        fail(f"{dataset_id}: all returns are {worst:.1f}, no scale for rewards and scores; {cure}")
+    if ref_min == ref_max or (best == worst and not args.reward_scale):
+        found = f"returns are {worst:.1f} to {best:.1f}, reference scores {ref_min:.1f} to {ref_max:.1f}"
+        cure = "give --reward-scale, and a ref_min_score and a larger ref_max_score in its metadata"
+        fail(f"{dataset_id}: {found}, which is no scale for rewards and scores; {cure}")
     scale = args.reward_scale = float(args.reward_scale or 1000 / spread)
     print("  ".join(f"{name} {getattr(args, name)}" for name in resolved))
     mean, std = 0 * obs, 0 * obs + 1
@@ -795,6 +797,7 @@ class Retention(nn.Module):
         self.proving, self.parting = False, False  # a copy is tried; its learner's reset is due
         self.segments, self.next_proposal = 0, args.window  # ended so far; from then on values may propose
         self.replaced = self.restored = self.renewed = 0  # `renewed`: the step of the latest replacement or reset
+        self.tried = 0  # how many of the retained policy's episodes are of its trial
 
     def begin(self, task: Task, score: float) -> None:
         self.score = float(score)  # of the retained policy
@@ -838,10 +841,10 @@ class Retention(nn.Module):
         for i in (LATEST, NO_ONE):
             self.returns[i] = self.returns[i][-self.args.window // 2 :]
 
-        # Restored: where the new policy's episodes say that the replacement was wrong
-        own, former = self.returns[RETAINED], self.returns[FORMER]
-        if former and (len(own) >= 10 or rank_test(own, former).pvalue <= 0.01):
-            if self.score_of(RETAINED) < self.score_of(FORMER):
+        # Restored: where the new policy's episodes since its trial, which chose it, say that it was wrong
+        own, former = self.returns[RETAINED][self.tried :], self.returns[FORMER]
+        if former and own and (len(own) >= 10 or rank_test(own, former).pvalue <= 0.01):
+            if np.mean(own) < np.mean(former):
                 self.replace(learner, by=FORMER)
             self.score, self.returns[FORMER] = self.score_of(RETAINED), []
 
@@ -876,7 +879,7 @@ class Retention(nn.Module):
         as often until enough of them are known."""
         known, last, self.alone = len(self.returns[RETAINED]), self.alone, NO_ONE
         whole_rate = self.args.whole_rate * (1 if len(self.returns[LATEST]) >= self.args.window // 2 else 2)
-        if self.args.evaluator == "frozen-until-stable" and known < 3:
+        if known < 3:
             self.alone = RETAINED
         elif self.proving and last != PROPOSED:
             self.alone = PROPOSED
@@ -893,7 +896,7 @@ class Retention(nn.Module):
         self.replaced, self.restored = self.replaced + (by == PROPOSED), self.restored + (by == FORMER)
         if by == PROPOSED:
             copy_weights(self.retained, self.pairs[FORMER])
-            self.returns[FORMER] = self.returns[RETAINED]
+            self.returns[FORMER], self.tried = self.returns[RETAINED], len(self.returns[PROPOSED])
         copy_weights(self.pairs[by], self.retained)
         copy_weights(self.retained.actor.net, learner.anchor_net)
         self.score, self.returns[RETAINED], self.returns[by] = self.score_of(by), self.returns[by], []
@@ -1280,7 +1283,7 @@ class Run:
             (counts, "be at least 1", lambda v: v >= 1),
             (shares, "lie in [0, 1]", lambda v: 0 <= v <= 1),
             (amounts, "be at least 0", lambda v: v >= 0),
-            ("window", "be at least 2", lambda v: v >= 2),
+            ("window", "be at least 4", lambda v: v >= 4),
             ("confidence", "lie in [0.5, 1)", lambda v: 0.5 <= v < 1),
             ("gamma", "lie between 0 and 1", lambda v: 0 < v < 1),
             ("learning_rate critic_learning_rate actor_learning_rate initial_std", "be above 0", lambda v: v > 0),
@@ -1513,6 +1516,7 @@ def train(args: Args) -> dict:
             bar.set_postfix(score=f"{result['normalized_score']:.1f}", learner=f"{result['learner_score']:.1f}")
         if over:
             run.log("online", step, {"episodic_return": episode_return})
+            evaluator.may_fall = evaluator.may_fall or bool(terminated and task.domain not in WRAPPERS)
             evaluator.end_episode(learner, step, episode_return)
             progress["episode"] += 1
             if run.stop or step - run.saved_at >= args.save_every:

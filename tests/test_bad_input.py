@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, TOY_ID, record
 from minari.data_collector import EpisodeBuffer
-from toy_env import ToyEnv
+from toy_env import TOY, ToyEnv
 
 import iql_finetune as iql
 
@@ -333,6 +333,15 @@ def test_part_of_an_id(refuse):
     line = refuse(env_id=TOY_ID.rpartition("/")[0])
     assert "delete" not in line and "is not at" in line
     assert "nearest: D4RL/antmaze/umaze-v1" in refuse(env_id="D4RL/antmaze/umaz-v1")
+
+
+def test_reference_scores_that_are_no_scale(refuse):
+    flags = [True, False], [False, False]
+    obs, action = np.zeros((3, 2), np.float32), np.zeros((2, 2), np.float32)
+    episodes = [EpisodeBuffer(None, None, None, obs, action, [r, r], *(f[::-1] for f in flags)) for r in (1.0, 2.0)]
+    record("x/toy/flat-v0", TOY, episodes, ref_min_score=5.0, ref_max_score=5.0)
+    line = refuse(env_id="x/toy/flat-v0")
+    assert "reference scores 5.0 to 5.0" in line and "ref_max_score" in line
 
 
 def test_a_file_has_no_stand_in(refuse, tmp_path):

@@ -103,6 +103,26 @@ def test_a_refuted_trial_leaves_the_deployed_level_and_comes_back_later_and_smal
     assert [level for _, _, level in history][7:] == [0.2] * 6 + [0.4]  # deployed all along
 
 
+def test_after_a_step_shortened_by_the_room_left_the_next_is_half_of_it():
+    gate = make_gate()
+    play(gate, [60] * 6 + [20, 20])  # 0.6 is confirmed, 1.0 refuted
+    assert (gate.level, gate.trial, gate.notch) == (0.6, 0.6, pytest.approx(0.2))
+    play(gate, [60] * 3)
+    assert gate.trial == 0.8
+
+
+def test_equal_returns_are_ties_whatever_the_fit_rounds():
+    """Guide and explorer succeed always, in episodes of all lengths, and V says nothing."""
+    rng, gate = np.random.default_rng(0), make_gate(estimator="advantage")
+    proven, losing = [], []
+    for episode in range(60):
+        n, level = int(rng.integers(8, 30)), gate.next_level()
+        log = gate.end(100 * episode, level, list(rng.normal(size=n)), [0.0] * (n - 1) + [100.0])
+        if level and len(gate.results) >= 2:
+            proven, losing = [*proven, bool(log["gate/proven"])], [*losing, gate.losing]
+    assert len(proven) > 10 and all(proven) and not any(losing) and gate.level == 1
+
+
 def test_a_dead_explorer_settles_closed():
     gate, waits, acted = make_gate(), [], []
     for _ in range(60):
@@ -391,6 +411,7 @@ def test_gate_kinds():
         for step in range(8):
             gate.end(20 * step, gate.next_level(), [0.0] * 10, [5.0] * 10)
         assert gate.level == level and (0 < gate.trial < 1 if kind == "random" else gate.trial == level)
+        assert kind != "random" or gate.results == [], "of other trials"
     gate = make_gate(gate="curriculum")
     levels = [level for level, _, _ in play(gate, [52] * 10 + [30] * 15)]
     assert levels == [0] * 5 + [0.1] * 5 + [0.2] * 5 + [0.3] * 15  # stays where it gets worse, and never closes

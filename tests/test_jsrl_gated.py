@@ -116,8 +116,8 @@ def test_equal_returns_are_ties_whatever_the_fit_rounds():
     rng, gate = np.random.default_rng(0), make_gate(estimator="advantage")
     proven, losing = [], []
     for episode in range(60):
-        n, level = int(rng.integers(8, 30)), gate.next_level()
-        log = gate.end(100 * episode, level, list(rng.normal(size=n)), [0.0] * (n - 1) + [100.0])
+        n, level = int(rng.integers(30, 200)), gate.next_level()
+        log = gate.end(100 * episode, level, list(rng.normal(-50, 10, n)), [0.0] * (n - 1) + [100.0])
         if level and len(gate.results) >= 2:
             proven, losing = [*proven, bool(log["gate/proven"])], [*losing, gate.losing]
     assert len(proven) > 10 and all(proven) and not any(losing) and gate.level == 1

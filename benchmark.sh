@@ -248,8 +248,8 @@ if [[ -n $SLURM ]]; then
   end_if_complete
   [[ -z $(squeue --noheader --name "$JOB") ]] || fail "runs of $RUN_DIR are in the queue already (squeue --name $JOB)"
   if ids=$(submit "$RUN_DIR/logs/offline.tsv" "") && ids+=$'\n'$(submit "$RUN_DIR/logs/online.tsv" "${ids##*$'\n'}"); then
+    echo "logs in $RUN_DIR/logs; once they have ended, the same command with --dry-run lists what is left"
     echo "submitted:" "${ids//$'\n'/ }"
-    echo "once they have ended, the same with --dry-run lists what is left; logs in $RUN_DIR/logs"
     exit
   fi
   ids=${ids//$'\n'/ }

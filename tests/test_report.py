@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tyro
+from matplotlib.figure import Figure
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
@@ -162,7 +163,7 @@ def test_headline(tmp_path):
     make_run(tmp_path / "runs", task="walker2d-medium", seed=1, scores=(50, 0, 0, 0, 0))
     _, text = run_report(tmp_path / "runs", out=tmp_path / "out")
     line = cells(text, "jsrl_gated", "iql_finetune")
-    assert line[2:6] == ["1", "2", "8.0 → 2.0", "75 % [62, 88]"]
+    assert line[2:6] == ["1", "2", "8.0 → 2.0", "75.0 % [62.5, 87.5]"]
     assert line[6:] == ["at least 1.50x [1.00, 2.00], 1 task", "0.75 [0.50, 1.00]", "1.00 [1.00, 1.00]"]
 
 
@@ -271,8 +272,10 @@ def test_resumed_run_is_read_once(tmp_path):
 
 def test_commands_reproduce_the_run(tmp_path):
     make_run(tmp_path, script="jsrl_gated_open", gate="open", calibrate=False, offline_checkpoint="a b/offline.pt")
+    make_run(tmp_path, script="offline")
     run_report(tmp_path, out=tmp_path / "out")
-    line = (tmp_path / "out" / "commands.txt").read_text()
+    first, line = (tmp_path / "out" / "commands.txt").read_text().splitlines()
+    assert "--exp-name offline" in first  # what the others start from
     assert line.startswith("python jsrl_gated.py --exp-name jsrl_gated_open --run-dir ")
     assert "--offline-steps 100000" in line and "--no-calibrate" in line and "--gate open" in line
     assert "--offline-checkpoint 'a b/offline.pt'" in line and "--no-cuda" in line
@@ -347,7 +350,7 @@ def test_a_reduction_of_no_drop_is_not_a_number(tmp_path):
         make_run(tmp_path, script="jsrl_gated_open", seed=seed, scores=(50, 45 if seed == 1 else 50))
     rows, _ = run_report(tmp_path, out=tmp_path / "out")
     assert cells(report.headline_table(rows), "iql_finetune")[4:6] == ["0.0 → 2.0", "-"]
-    assert cells(report.headline_table(rows), "jsrl_gated_open")[4:6] == ["2.5 → 2.0", "20 %"]  # no bound below
+    assert cells(report.headline_table(rows), "jsrl_gated_open")[4:6] == ["2.5 → 2.0", "20.0 %"]  # no bound below
 
 
 def test_nothing_is_written_that_would_lose_rows_or_before_the_readme_is_found_fit(tmp_path, capsys):
@@ -559,6 +562,15 @@ def test_curves(tmp_path):
     run_report(tmp_path / "out", out=tmp_path / "from_report")
     for name in pictures:
         assert (tmp_path / "from_report" / name).read_bytes() == (tmp_path / "out" / name).read_bytes(), name
+
+
+def test_figures_say_which_script_has_fewer_runs(tmp_path):
+    for script, seed in (("jsrl_gated", 1), ("jsrl_gated", 2), ("cal_ql", 1)):
+        make_run(tmp_path / "runs", script=script, seed=seed)
+    run_report(tmp_path / "runs", out=tmp_path / "out")
+    rows, axes = report.read_report(tmp_path / "out"), Figure().subplots()
+    report.draw_task([axes], rows, report.colors(rows))
+    assert axes.get_title().endswith("seeds 1, 2") and [text.get_text() for text in axes.texts] == ["cal_ql 1 run"]
 
 
 def test_a_script_has_one_color_in_all_figures(tmp_path, monkeypatch):

@@ -804,6 +804,7 @@ class Run:
                 env = gym.make(task.env_spec, render_mode="rgb_array")
                 env.reset(seed=0)
                 env.render()
+                env.close()
             except Exception as error:  # whatever environment, MuJoCo and OpenGL raise
                 cure = "without a screen, set MUJOCO_GL=egl or MUJOCO_GL=osmesa"
                 fail(f"--capture-video: cannot render {task.env_spec.id} ({error!r:.100}); {cure}")

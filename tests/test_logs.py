@@ -102,7 +102,7 @@ def test_gradient_steps_per_environment_step(script, toy_args, monkeypatch):
         return run_updates(agent, buffer, n, online_share)
 
     monkeypatch.setattr(module, "run_updates", count)
-    early = {"jsrl_gated": {"warmup_steps": 40}, "sft_reset": {"window": 2, "segment_steps": 5}}.get(script.stem, {})
+    early = {"jsrl_gated": {"warmup_steps": 40}, "sft_reset": {"window": 4, "segment_steps": 5}}.get(script.stem, {})
     module.train(module.Args(**toy_args | early | {"utd_ratio": 3, "online_steps": 240}))
     offline, online = sum(n for n in asked if n != 3), sum(n == 3 for n in asked)
     assert offline == 40 and 50 < online <= 240

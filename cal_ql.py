@@ -168,17 +168,17 @@ class CountSubtasks(gym.Wrapper):
         return obs, reward, terminated, truncated, info | {"gain": gain}
 
 
+def dropped(obs: np.ndarray) -> np.ndarray:
+    """Whether the pen, whose height is number 26 of its observations, has left the hand."""
+    return obs[..., 26] < 0.075
+
+
 class EndAtDrop(gym.Wrapper):
     """A dropped pen terminates the episode, as in D4RL; in Gymnasium-Robotics it lies there and costs 5 a step."""
 
     def step(self, action):
         obs, reward, terminated, truncated, info = self.env.step(action)
         return obs, reward, terminated or bool(dropped(obs)), truncated, info
-
-
-def dropped(obs: np.ndarray) -> np.ndarray:
-    """Whether the pen, whose height is number 26 of its observations, has left the hand."""
-    return obs[..., 26] < 0.075
 
 
 WRAPPERS = dict.fromkeys(GOAL_DOMAINS, EndAtGoal) | {"kitchen": CountSubtasks}  # whose return is not a sum of rewards
@@ -226,11 +226,11 @@ def flatten_obs(obs):
     if not isinstance(obs, dict):
         return obs
     keys = ("achieved_goal", "observation", "desired_goal")
-    if not obs.keys() >= set(keys):
-        fail(
-            f"observations are a dict of {', '.join(obs)}; only vectors and dicts with {', '.join(keys)} are supported"
-        )
-    return obs["observation"] if isinstance(obs[keys[2]], dict) else np.concatenate([obs[key] for key in keys], -1)
+    try:
+        return obs["observation"] if isinstance(obs[keys[2]], dict) else np.concatenate([obs[key] for key in keys], -1)
+    except KeyError:
+        found = f"observations are a dict of {', '.join(obs)}"
+        fail(f"{found}; only vectors and dicts with {', '.join(keys)} are supported")
 
 
 def read_hdf5(path: Path, max_episode_steps: int) -> dict[str, np.ndarray]:
@@ -786,8 +786,8 @@ class Run:
         args, progress, self.parts, checkpoint = self.args, self.progress, parts, self.dir / "checkpoint.pt"
         settings = {name: value for name, value in vars(args).items() if name != "resume"}
         settings |= {"dataset_id": task.dataset_id, "script": Path(__file__).stem}
-        same = {name: value for name, value in settings.items() if name != "save_every"}
-        self.settings = {f"--{name}": value for name, value in same.items()}  # no name of a part
+        # What a checkpoint must agree with; with --, no name of a part
+        self.settings = {f"--{name}": value for name, value in settings.items() if name != "save_every"}
         if checkpoint.exists():
             saved = load_file(checkpoint, **self.settings)
             progress.update(saved["progress"])

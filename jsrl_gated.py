@@ -213,17 +213,17 @@ class CountSubtasks(gym.Wrapper):
         return obs, reward, terminated, truncated, info | {"gain": gain}
 
 
+def dropped(obs: np.ndarray) -> np.ndarray:
+    """Whether the pen, whose height is number 26 of its observations, has left the hand."""
+    return obs[..., 26] < 0.075
+
+
 class EndAtDrop(gym.Wrapper):
     """A dropped pen terminates the episode, as in D4RL; in Gymnasium-Robotics it lies there and costs 5 a step."""
 
     def step(self, action):
         obs, reward, terminated, truncated, info = self.env.step(action)
         return obs, reward, terminated or bool(dropped(obs)), truncated, info
-
-
-def dropped(obs: np.ndarray) -> np.ndarray:
-    """Whether the pen, whose height is number 26 of its observations, has left the hand."""
-    return obs[..., 26] < 0.075
 
 
 WRAPPERS = dict.fromkeys(GOAL_DOMAINS, EndAtGoal) | {"kitchen": CountSubtasks}  # whose return is not a sum of rewards
@@ -271,11 +271,11 @@ def flatten_obs(obs):
     if not isinstance(obs, dict):
         return obs
     keys = ("achieved_goal", "observation", "desired_goal")
-    if not obs.keys() >= set(keys):
-        fail(
-            f"observations are a dict of {', '.join(obs)}; only vectors and dicts with {', '.join(keys)} are supported"
-        )
-    return obs["observation"] if isinstance(obs[keys[2]], dict) else np.concatenate([obs[key] for key in keys], -1)
+    try:
+        return obs["observation"] if isinstance(obs[keys[2]], dict) else np.concatenate([obs[key] for key in keys], -1)
+    except KeyError:
+        found = f"observations are a dict of {', '.join(obs)}"
+        fail(f"{found}; only vectors and dicts with {', '.join(keys)} are supported")
 
 
 def read_hdf5(path: Path, max_episode_steps: int) -> dict[str, np.ndarray]:
@@ -851,7 +851,8 @@ class Gate:
 
         # What is deployed and tried next [D6]; copied is an explorer that is clearly better [D9]
         if self.warm and not self.candidate:
-            decision = self.decide(*estimates, reference)
+            before, decision = self.trial, self.decide(*estimates, reference)
+            self.results = self.results if self.trial == before else []
         better = self.level == 1 and len(self.results) >= 5 and max(lower, latest_lower) > self.tolerance
         better = better and proven and sample[-1] >= np.mean(sample) - TIE  # not where the latest episode begins a fall
         if better and self.args.promote and self.args.gate == "confidence":
@@ -877,13 +878,10 @@ class Gate:
 
     def decide(self, estimate: float, lower: float, upper: float, reference: float) -> int:
         """Set `level` and the next `trial`; 1: opened, -1: refuted or closed, 0: neither."""
-        args, before = self.args, self.trial
+        args = self.args
         if args.gate in ("open", "closed", "random"):  # random: Jump Start's, any switching step, the explorer deployed
             self.level = float(args.gate != "closed")
-            if args.gate == "random":
-                self.trial, self.results = random.random(), []
-            else:
-                self.trial = self.level
+            self.trial = random.random() if args.gate == "random" else self.level
             return 0
         if args.gate == "curriculum":  # Jump Start's: ten stages, on when an average of five or more is near the best
             near = len(self.results) >= 5 and estimate >= max(bound for _, bound in self.confirmed) - self.tolerance
@@ -891,7 +889,6 @@ class Gate:
             if opens:
                 self.confirmed.append([self.level, estimate])
                 self.level = self.trial = round(self.level + 0.1, 6)
-                self.results = []
             return int(opens)
         opens = self.trial > self.level and len(self.results) >= 3 and lower > reference - self.tolerance
         refuted = self.trial > 0 and upper < -self.margin()
@@ -910,8 +907,6 @@ class Gate:
             self.wait -= 1
         if self.trial == self.level < 1 and self.wait <= 0:
             self.trial = min(round(self.level + self.notch, 6), 1.0)
-        if self.trial != before:
-            self.results = []
         return -1 if refuted else int(opens)
 
 
@@ -1018,8 +1013,8 @@ class Run:
         args, progress, self.parts, checkpoint = self.args, self.progress, parts, self.dir / "checkpoint.pt"
         settings = {name: value for name, value in vars(args).items() if name != "resume"}
         settings |= {"dataset_id": task.dataset_id, "script": Path(__file__).stem}
-        same = {name: value for name, value in settings.items() if name != "save_every"}
-        self.settings = {f"--{name}": value for name, value in same.items()}  # no name of a part
+        # What a checkpoint must agree with; with --, no name of a part
+        self.settings = {f"--{name}": value for name, value in settings.items() if name != "save_every"}
         if checkpoint.exists():
             saved = load_file(checkpoint, **self.settings)
             progress.update(saved["progress"])

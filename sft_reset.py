@@ -223,17 +223,17 @@ class CountSubtasks(gym.Wrapper):
         return obs, reward, terminated, truncated, info | {"gain": gain}
 
 
+def dropped(obs: np.ndarray) -> np.ndarray:
+    """Whether the pen, whose height is number 26 of its observations, has left the hand."""
+    return obs[..., 26] < 0.075
+
+
 class EndAtDrop(gym.Wrapper):
     """A dropped pen terminates the episode, as in D4RL; in Gymnasium-Robotics it lies there and costs 5 a step."""
 
     def step(self, action):
         obs, reward, terminated, truncated, info = self.env.step(action)
         return obs, reward, terminated or bool(dropped(obs)), truncated, info
-
-
-def dropped(obs: np.ndarray) -> np.ndarray:
-    """Whether the pen, whose height is number 26 of its observations, has left the hand."""
-    return obs[..., 26] < 0.075
 
 
 WRAPPERS = dict.fromkeys(GOAL_DOMAINS, EndAtGoal) | {"kitchen": CountSubtasks}  # whose return is not a sum of rewards
@@ -281,11 +281,11 @@ def flatten_obs(obs):
     if not isinstance(obs, dict):
         return obs
     keys = ("achieved_goal", "observation", "desired_goal")
-    if not obs.keys() >= set(keys):
-        fail(
-            f"observations are a dict of {', '.join(obs)}; only vectors and dicts with {', '.join(keys)} are supported"
-        )
-    return obs["observation"] if isinstance(obs[keys[2]], dict) else np.concatenate([obs[key] for key in keys], -1)
+    try:
+        return obs["observation"] if isinstance(obs[keys[2]], dict) else np.concatenate([obs[key] for key in keys], -1)
+    except KeyError:
+        found = f"observations are a dict of {', '.join(obs)}"
+        fail(f"{found}; only vectors and dicts with {', '.join(keys)} are supported")
 
 
 def read_hdf5(path: Path, max_episode_steps: int) -> dict[str, np.ndarray]:
@@ -938,11 +938,11 @@ class Evidence:
         obtained, error = ratio(self.net[rows], self.weight[rows])
         return float(obtained), math.hypot(error, self.doubt)
 
-    def margin(self, promised: np.ndarray) -> float:
-        """By how much promises exceeded what was gained, per step in which the learner acted, plus its standard error
-        [D4]."""
+    def margin(self, name: str) -> float:
+        """By how much the promises in a column exceeded what was gained, per step in which the learner acted, plus its
+        standard error [D4]."""
         rows = self.mixed
-        excess, error = ratio(promised[rows] - self.net[rows], self.acted[rows])
+        excess, error = ratio(self.columns[name][rows] - self.net[rows], self.acted[rows])
         doubt = self.doubt * self.weight[rows].sum() / self.acted[rows].sum()
         return float(max(excess, 0.0) + math.hypot(error, doubt))
 
@@ -1127,8 +1127,7 @@ class Evaluator(Retention):
         """What each Q has to promise before the learner acts [D4]; `better`: its whole episodes gain."""
         self.margins = [math.inf, math.inf]
         if evidence.knows(evidence.mixed):
-            names = "promised_by_retained", "promised_by_learner"
-            self.margins = [evidence.margin(evidence.columns[name]) for name in names]
+            self.margins = [evidence.margin("promised_by_retained"), evidence.margin("promised_by_learner")]
         if self.stable:
             self.margins[1] = -math.inf if better else 0.0
         gain, error = evidence.gain(evidence.selected)
@@ -1317,8 +1316,8 @@ class Run:
         args, progress, self.parts, checkpoint = self.args, self.progress, parts, self.dir / "checkpoint.pt"
         settings = {name: value for name, value in vars(args).items() if name != "resume"}
         settings |= {"dataset_id": task.dataset_id, "script": Path(__file__).stem}
-        same = {name: value for name, value in settings.items() if name != "save_every"}
-        self.settings = {f"--{name}": value for name, value in same.items()}  # no name of a part
+        # What a checkpoint must agree with; with --, no name of a part
+        self.settings = {f"--{name}": value for name, value in settings.items() if name != "save_every"}
         if checkpoint.exists():
             saved = load_file(checkpoint, **self.settings)
             progress.update(saved["progress"])

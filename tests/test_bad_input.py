@@ -336,9 +336,9 @@ def test_part_of_an_id(refuse):
 
 
 def test_reference_scores_that_are_no_scale(refuse):
-    flags = [True, False], [False, False]
+    flags = [False, True], [False, False]
     obs, action = np.zeros((3, 2), np.float32), np.zeros((2, 2), np.float32)
-    episodes = [EpisodeBuffer(None, None, None, obs, action, [r, r], *(f[::-1] for f in flags)) for r in (1.0, 2.0)]
+    episodes = [EpisodeBuffer(None, None, None, obs, action, [r, r], *flags) for r in (1.0, 2.0)]
     record("x/toy/flat-v0", TOY, episodes, ref_min_score=5.0, ref_max_score=5.0)
     line = refuse(env_id="x/toy/flat-v0")
     assert "reference scores 5.0 to 5.0" in line and "ref_max_score" in line

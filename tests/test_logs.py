@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import ROOT, SCRIPTS, TOY_ID
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from toy_env import ToyEnv
 
 import iql_finetune as iql
 
@@ -121,6 +122,24 @@ def test_learner_score_is_of_the_learner_alone(name, toy_args, monkeypatch):
     found = scalars(run_folder(toy_args, name))
     for tag, value in {"online/normalized_score": 50, "online/learner_score": 7}.items():
         assert dict(found[tag])[120] == value == dict(found[tag])[20]
+
+
+@pytest.mark.parametrize("name, part", [("jsrl_gated", "gate"), ("sft_reset", "evaluator")])
+def test_an_episode_that_ends_online_shows_that_one_can(name, part, toy_args, monkeypatch):
+    module = importlib.import_module(name)
+    load_task = module.load_task
+
+    def no_end_in_the_data(args):
+        task = load_task(args)
+        task.data["terminated"][:] = 0
+        return task
+
+    monkeypatch.setattr(module, "load_task", no_end_in_the_data)
+    monkeypatch.setattr(ToyEnv, "terminated", staticmethod(lambda x: True))
+    short = {"offline_steps": 5, "online_steps": 200, "eval_every": 200, "eval_episodes": 1}
+    module.train(module.Args(**toy_args | short))
+    state = torch.load(run_folder(toy_args, name) / "online.pt", weights_only=True)[part]
+    assert state.get("_extra_state", state)["may_fall"] is True
 
 
 def test_scalars_and_their_steps(toy_args):

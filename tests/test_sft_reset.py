@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from toy_env import ToyEnv
 
 import sft_reset
 from sft_reset import (
@@ -904,21 +903,6 @@ def test_a_run_that_is_never_stable_goes_on_as_the_retained_policy_and_says_so(t
     assert summary["final_score"] == summary["lowest_score"] == summary["offline_score"]
     assert (summary["stable_share"], summary["replaced"], summary["probe_steps"]) == (0.0, 0, 0)
     assert summary["resets"] == 2
-
-
-def test_an_episode_that_ends_online_shows_that_one_can(toy_args, monkeypatch):
-    load_task = sft_reset.load_task
-
-    def no_end_in_the_data(args):
-        task = load_task(args)
-        task.data["terminated"][:] = 0
-        return task
-
-    monkeypatch.setattr(sft_reset, "load_task", no_end_in_the_data)
-    monkeypatch.setattr(ToyEnv, "terminated", staticmethod(lambda x: True))
-    train(Args(**toy_args | FAST | {"offline_steps": 5, "online_steps": 200, "eval_every": 200, "eval_episodes": 1}))
-    online = torch.load(next(Path(toy_args["run_dir"]).glob("*/online.pt")), weights_only=True)
-    assert online["evaluator"]["_extra_state"]["may_fall"] is True
 
 
 def spied(monkeypatch) -> list[dict]:

@@ -104,7 +104,15 @@ end_if_complete() {
 
 # shellcheck disable=SC2329  # this and the next are called through xargs, and by SLURM
 run_one() { # LINE: run it to its end under its lock, so that no two processes ever work on one run folder
-  local name=${1%%$'\t'*} command=${1#*$'\t'} asked="" warned="" status=0 pid
+  local name=${1%%$'\t'*} command=${1#*$'\t'} asked="" warned="" status=0 pid needed
+  if [[ -n ${BENCHMARK_PID:-} && $command == *" --offline-checkpoint "* ]]; then # SLURM's arrays wait by themselves
+    needed=${name%__*__*}__offline__${name##*__}
+    until [[ -e $RUN_DIR/$needed/summary.json || -e $RUN_DIR/logs/$needed.command ]]; do # it has begun ...
+      kill -0 "$BENCHMARK_PID" 2>/dev/null || return 0
+      sleep 1
+    done
+    flock -s "$RUN_DIR/logs/$needed.lock" true # ... and ended
+  fi
   exec 9>"$RUN_DIR/logs/$name.lock" # inherited by the command: held as long as that lives, even if this shell is killed
   flock 9
   [[ -e $RUN_DIR/$name/summary.json ]] && return
@@ -138,10 +146,10 @@ run_and_tell() { # LINE: run_one with a line of progress
   return $((status > 0))
 }
 
-run_here() { # LIST: what is left of it, WORKERS at a time
+run_here() { # what is left, WORKERS at a time, begun in the order of the list: first the offline phases that others wait for
   set -m # a process group of its own, so that stopping it takes the workers along
   # shellcheck disable=SC2016
-  xargs -r -d '\n' -n 1 -P "$WORKERS" bash -c 'run_and_tell "$1"' _ < <(left "$1") 8>&- &
+  xargs -r -d '\n' -n 1 -P "$WORKERS" bash -c 'run_and_tell "$1"' _ < <(left "$RUN_DIR/logs/runs.tsv") 8>&- &
   group=$!
   set +m
   trap 'kill -TERM -- -$group; echo "stopping: each run saves at the end of its episode; start again to continue"; exit 130' \
@@ -236,8 +244,6 @@ fi
 mkdir -p "$RUN_DIR/logs"
 exec 8>"$RUN_DIR/logs/benchmark.lock"
 flock -n 8 || fail "another benchmark.sh is at work in $RUN_DIR; stop it, wait for it, or give another --run-dir"
-each "${offline[@]}" >"$RUN_DIR/logs/offline.tsv"
-each "${online[@]}" >"$RUN_DIR/logs/online.tsv"
 each "${runs[@]}" >"$RUN_DIR/logs/runs.tsv"
 TOTAL=${#runs[@]}
 
@@ -247,7 +253,7 @@ if [[ -n $SLURM ]]; then
   JOB=cleano2o:$(realpath "$RUN_DIR")
   end_if_complete
   [[ -z $(squeue --noheader --name "$JOB") ]] || fail "runs of $RUN_DIR are in the queue already (squeue --name $JOB)"
-  if ids=$(submit "$RUN_DIR/logs/offline.tsv" "") && ids+=$'\n'$(submit "$RUN_DIR/logs/online.tsv" "${ids##*$'\n'}"); then
+  if ids=$(submit <(each "${offline[@]}") "") && ids+=$'\n'$(submit <(each "${online[@]}") "${ids##*$'\n'}"); then
     echo "logs in $RUN_DIR/logs; once they have ended, the same command with --dry-run lists what is left"
     echo "submitted:" "${ids//$'\n'/ }"
     exit
@@ -262,8 +268,9 @@ COMPLETE=$((TOTAL - $(left "$RUN_DIR/logs/runs.tsv" | wc -l)))
 export RUN_DIR TOTAL COMPLETE BEGAN BENCHMARK_PID
 export -f run_and_tell run_one left
 echo "$TOTAL runs, $COMPLETE complete, $WORKERS at a time; logs in $RUN_DIR/logs"
-run_here "$RUN_DIR/logs/offline.tsv"
-run_here "$RUN_DIR/logs/online.tsv"
+# That a run has begun is told by its .command, which one that was stopped has left behind.
+while IFS=$'\t' read -r name command; do rm -f "$RUN_DIR/logs/$name.command"; done < <(left "$RUN_DIR/logs/runs.tsv")
+run_here
 
 end_if_complete
 failed=$(left "$RUN_DIR/logs/runs.tsv")

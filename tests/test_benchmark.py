@@ -166,6 +166,20 @@ def test_failed_run_is_told_and_stops_nothing(bench):
     assert code == 0 and set(bench.lines("ends.txt")) == NAMES and len(bench.lines("ends.txt")) == 16
 
 
+def test_only_what_needs_an_offline_phase_waits_for_it(bench):
+    """Two offline phases and three workers: the third begins with what needs neither, then waits for the first's end."""
+    words = "--tasks hopper-medium --workers 3 --scripts".split()
+    code, output = bench(*ARGS, *words, "cal_ql iql_finetune", SLOW="20")
+    assert code == 0, output
+    starts, ends = bench.lines("starts.txt"), bench.lines("ends.txt")
+    assert set(starts[:3]) == {f"hopper-medium__{run} 1" for run in ("offline__1", "offline__2", "cal_ql__1")}
+    code, output = bench(*ARGS, *words, "iql_finetune", "--run-dir", "runs/more", SLOW="20")
+    assert code == 0, output
+    starts, ends = (bench.lines(name)[len(lines) :] for name, lines in (("starts.txt", starts), ("ends.txt", ends)))
+    assert set(starts[:2]) == {f"hopper-medium__offline__{seed} 1" for seed in (1, 2)}
+    assert set(ends[:2]) == {f"hopper-medium__offline__{seed}" for seed in (1, 2)} and len(ends) == 4
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_killed_and_started_again(bench, number):
     process = bench.start(*ARGS, SLOW="20")

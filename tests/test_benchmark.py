@@ -167,8 +167,8 @@ def test_failed_run_is_told_and_stops_nothing(bench):
 
 
 def test_only_what_needs_an_offline_phase_waits_for_it(bench):
-    """Two offline phases and three workers: the third begins with what needs neither, then waits for the first's end."""
-    words = "--tasks hopper-medium --workers 3 --scripts".split()
+    """Two offline phases and three workers: the third takes what needs none, then waits for the first's end."""
+    words = ["--tasks", "hopper-medium", "--workers", "3", "--scripts"]
     code, output = bench(*ARGS, *words, "cal_ql iql_finetune", SLOW="20")
     assert code == 0, output
     starts, ends = bench.lines("starts.txt"), bench.lines("ends.txt")

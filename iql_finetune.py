@@ -322,7 +322,7 @@ def find_dataset(args: Args) -> tuple[str, Path, str]:
         known = difflib.get_close_matches(dataset_id, TASKS.values(), 3)
         near = f"; nearest: {', '.join(known)}" if known and dataset_id not in known else ""
         fail(f"{dataset_id} is not at {path}: put it there, or use a short name and --dataset stand-in{near}")
-    stand_in, maker = f"o2o/{env}/{kind}-v0", Path(__file__).with_name("make_dataset.py")
+    stand_in, maker = f"o2o/{env}/{kind}-v1", Path(__file__).with_name("make_dataset.py")
     path, command = minari.storage.get_dataset_path(stand_in), [sys.executable, maker, "collect", "--env-id", name]
     if not path.exists() and (not maker.exists() or subprocess.run(command).returncode):
         fail(f"no stand-in {stand_in}: make_dataset.py and policies/ must lie beside this script and have this task")

@@ -1,10 +1,11 @@
 """Stand-in datasets for the days when the official ones cannot be reached, and the behaviour policies they come from.
 
     python make_dataset.py train --env hopper                train SAC, keep the checkpoints whose returns match D4RL's
-    python make_dataset.py collect --env-id hopper-medium    roll a kept policy out: Minari dataset o2o/hopper/medium-v0
+    python make_dataset.py collect --env-id hopper-medium    roll a kept policy out: Minari dataset o2o/hopper/medium-v1
 
 Stand-ins follow D4RL's recipe but are not D4RL's data: their ids begin with `o2o/` and their descriptions say so.
-What is in one depends on --env-id, --steps and --seed alone, not on the number of workers.
+What is in one depends on --env-id, --steps and --seed alone, to the bit, not on the number of workers nor on the
+processor, with MuJoCo, Gymnasium and numpy as pinned.
 """
 
 import contextlib
@@ -51,7 +52,11 @@ MAZE_NOISE, WRONG_TURNS = 0.5, 0.5
 
 
 class Policy:
-    """The squashed-Gaussian SAC actor in numpy: one observation in, one action out, some 15 microseconds."""
+    """The squashed-Gaussian SAC actor in numpy: one observation in, one action out.
+
+    The last bits of a matmul, exp or tanh are each processor's own, and a trajectory soon differs with them. So
+    actions are computed in float64 and rounded to 1/4096, far coarser than those bits: the same everywhere.
+    """
 
     def __init__(self, params: dict[str, np.ndarray]):
         self.params = params
@@ -68,17 +73,18 @@ class Policy:
     def load(cls, name: str) -> tuple["Policy", dict[str, float]]:
         """A kept policy, and what is known of it: step, seed, noise, mean and std of 100 returns."""
         with np.load(POLICY_DIR / f"{name}.npz") as file:
-            params = {key: file[key] for key in file.files if key[1:].isdigit()}
+            params = {key: file[key].astype(np.float64) for key in file.files if key[1:].isdigit()}
             return cls(params), {key: file[key].item() for key in file.files if key not in params}
 
     def __call__(self, obs: np.ndarray, rng: np.random.Generator, noise: float) -> np.ndarray:
-        p, x = self.params, obs.astype(np.float32)
+        p, x = self.params, obs
         for i in range(self.n_hidden):
             x = np.maximum(x @ p[f"w{i}"] + p[f"b{i}"], 0)
         i = self.n_hidden
         mean, log_std = x @ p[f"w{i}"] + p[f"b{i}"], x @ p[f"w{i + 1}"] + p[f"b{i + 1}"]
         std = np.exp(np.clip(log_std, -20, 2))
-        return np.tanh(mean + noise * std * rng.standard_normal(mean.shape, dtype=np.float32))
+        action = np.tanh(mean + noise * std * rng.standard_normal(mean.shape))
+        return (np.rint(4096 * action) / 4096).astype(np.float32)
 
 
 def returns_of(policy: Policy, env: gym.Env, noise: float, episodes: int, seed: int) -> np.ndarray:
@@ -274,7 +280,7 @@ def fail(message: str) -> NoReturn:
 
 @dataclass
 class Collect:
-    """Roll a behaviour policy out into a Minari dataset, o2o/ENV/KIND-v0, in Minari's own folder."""
+    """Roll a behaviour policy out into a Minari dataset, o2o/ENV/KIND-v1, in Minari's own folder."""
 
     env_id: str = "hopper-medium"  # ENV-KIND: hopper-{random,medium,expert,medium-expert}, ..., pointmaze-{umaze,...}
     steps: int = 1_000_000  # transitions in the dataset; medium-expert takes half of them from each policy
@@ -296,7 +302,7 @@ def collect(args: Collect) -> str:
     from tqdm import tqdm
 
     env, kind = args.env_id.split("-", 1)
-    dataset_id, d4rl, began = f"o2o/{env}/{kind}-v0", TARGETS.get(env, {}).get(kind), time.time()
+    dataset_id, d4rl, began = f"o2o/{env}/{kind}-v1", TARGETS.get(env, {}).get(kind), time.time()
     lock = open(Path(tempfile.gettempdir(), f"{dataset_id.replace('/', '_')}-{os.getuid()}.lock"), "w")  # noqa: SIM115
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this function returns; no worker inherits it

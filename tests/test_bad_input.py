@@ -383,13 +383,13 @@ def test_full_id_has_no_stand_in(refuse):
 
 def test_no_maker_beside_the_script(refuse, monkeypatch, tmp_path):
     monkeypatch.setattr(iql, "__file__", str(tmp_path / "iql_finetune.py"))
-    assert "o2o/pen/human-v0" in refuse(env_id="pen-human", dataset="stand-in")
+    assert "o2o/pen/human-v1" in refuse(env_id="pen-human", dataset="stand-in")
 
 
 def test_maker_that_fails(refuse, monkeypatch, tmp_path):
     (tmp_path / "make_dataset.py").write_text("raise SystemExit(3)")
     monkeypatch.setattr(iql, "__file__", str(tmp_path / "iql_finetune.py"))
-    assert "o2o/hopper/medium-v0" in refuse(env_id="hopper-medium", dataset="stand-in")
+    assert "o2o/hopper/medium-v1" in refuse(env_id="hopper-medium", dataset="stand-in")
 
 
 # ---- checkpoints ----

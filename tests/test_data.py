@@ -664,7 +664,7 @@ def stand_in_maker(tmp_path, monkeypatch, server):
     """A copy of the script beside a make_dataset.py that leaves a dataset at once, and a note of how it was called."""
     maker = tmp_path / "project" / "make_dataset.py"
     maker.parent.mkdir()
-    target = tmp_path / "minari" / "o2o/hopper/medium-v0"
+    target = tmp_path / "minari" / "o2o/hopper/medium-v1"
     obs = np.random.default_rng(0).normal(size=(9, 11))
     source = record("x/source/of-v0", HOPPER.spec, [episode(obs, np.zeros((8, 3)), [1] * 8, True, False)] * 3)
     lines = ["import shutil, sys", f"shutil.copytree({str(source)!r}, {str(target)!r})"]
@@ -682,9 +682,9 @@ def test_stand_in(stand_in_maker, dataset, monkeypatch, capsys):
         monkeypatch.setattr(iql, "download", lambda *_: pytest.fail("asked the network"))
     task = iql.load_task(make_args(env_id="hopper-medium", dataset=dataset, reward_scale=1.0))
     out = capsys.readouterr().out
-    assert task.dataset_id == "o2o/hopper/medium-v0" and len(task.data["obs"]) == 24
+    assert task.dataset_id == "o2o/hopper/medium-v1" and len(task.data["obs"]) == 24
     assert stand_in_maker.read_text() == "collect --env-id hopper-medium"
-    assert "STAND-IN o2o/hopper/medium-v0" in out and "hopper-medium-v2" in out
+    assert "STAND-IN o2o/hopper/medium-v1" in out and "hopper-medium-v2" in out
     stand_in_maker.unlink()
     iql.load_task(make_args(env_id="hopper-medium", dataset="stand-in", reward_scale=1.0))
     assert not stand_in_maker.exists(), "made a second time although it is there"

@@ -58,7 +58,7 @@ def check_flags(dataset, steps):
 def test_random_hopper_is_a_whole_minari_dataset_whatever_the_workers(root, monkeypatch, capsys):
     plot = root.parent / "plots" / "returns.png"
     dataset_id = collect(Collect(env_id="hopper-random", steps=2_000, workers=2, plot=plot))
-    assert dataset_id == "o2o/hopper/random-v0" and list(minari.list_local_datasets()) == [dataset_id]
+    assert dataset_id == "o2o/hopper/random-v1" and list(minari.list_local_datasets()) == [dataset_id]
     assert [path.name for path in root.iterdir()] == ["o2o"]  # no hidden leftovers
     assert plot.read_bytes().startswith(b"\x89PNG")
 
@@ -99,7 +99,7 @@ def test_random_hopper_is_a_whole_minari_dataset_whatever_the_workers(root, monk
 
 def test_pointmaze_ends_at_the_goal_or_at_the_time_limit(root, one_process):
     dataset = minari.load_dataset(collect(Collect(env_id="pointmaze-umaze", steps=2_000)))
-    assert dataset.spec.dataset_id == "o2o/pointmaze/umaze-v0"
+    assert dataset.spec.dataset_id == "o2o/pointmaze/umaze-v1"
     assert (dataset.storage.metadata["ref_min_score"], dataset.storage.metadata["ref_max_score"]) == (0, 1)
     env = dataset.recover_environment()
     assert env.spec.id == "PointMaze_UMaze-v3" and env.spec.kwargs["continuing_task"] is False
@@ -164,10 +164,26 @@ def test_policy_is_tanh_of_the_layers():
     params |= {"w2": [[1], [1]], "b2": [5]}
     policy = Policy({key: np.array(value, np.float32) for key, value in params.items()})
     obs = np.array([2.0, -1.0])  # hidden: relu(2 - 0.5 + 0.1, -4 - 1 + 0.2) = (1.6, 0); mean: 0.48 - 0.5 = -0.02
-    assert policy(obs, np.random.default_rng(0), noise=0.0) == pytest.approx([np.tanh(-0.02)], abs=1e-6)
-    draw = np.random.default_rng(7).standard_normal(1, dtype=np.float32)  # log std 6.6 is clipped to 2
+    step = 1 / 4096  # that actions are rounded to
+    assert policy(obs, np.random.default_rng(0), noise=0.0) == pytest.approx([np.tanh(-0.02)], abs=step / 2)
+    draw = np.random.default_rng(7).standard_normal(1)  # log std 6.6 is clipped to 2
     expected = np.tanh(-0.02 + 0.1 * np.exp(2) * draw)
-    assert policy(obs, np.random.default_rng(7), noise=0.1) == pytest.approx(expected, abs=1e-5)
+    action = policy(obs, np.random.default_rng(7), noise=0.1)
+    assert action == pytest.approx(expected, abs=step / 2) and action.dtype == np.float32 and action % step == 0
+
+
+@pytest.mark.parametrize("task", ["halfcheetah-medium", "hopper-medium", "pointmaze-umaze"])
+def test_an_episode_has_the_same_bits_on_another_processor(task):
+    """As far as one can play another: OpenBLAS with the kernels of 2008, numpy without AVX."""
+    code = "import hashlib, make_dataset; e = make_dataset.rollout(*'{}'.split('-'), 0, 1); print(hashlib.sha256("
+    code += "e['rewards'].tobytes() + e['actions'].tobytes()).hexdigest(), len(e['rewards']))"
+    old = {"OPENBLAS_CORETYPE": "Nehalem", "NPY_DISABLE_CPU_FEATURES": "X86_V3 X86_V4 AVX512_ICL AVX512_SPR"}
+    command = [sys.executable, "-c", code.format(task)]
+    here, there = (
+        subprocess.run(command, cwd=ROOT, env=os.environ | env, capture_output=True, text=True, check=True).stdout
+        for env in ({}, old)
+    )
+    assert here == there and len(here.split()[0]) == 64
 
 
 def test_an_error_while_writing_leaves_nothing(root, one_process, monkeypatch):
@@ -202,10 +218,10 @@ def test_a_faster_process_is_no_error(root, one_process, monkeypatch):
 
     def overtaken(*args, **kwargs):
         create(*args, **kwargs)
-        (root / "o2o/hopper/random-v0/data").mkdir(parents=True)
+        (root / "o2o/hopper/random-v1/data").mkdir(parents=True)
 
     monkeypatch.setattr(minari, "create_dataset_from_buffers", overtaken)
-    assert collect(Collect(env_id="hopper-random", steps=100)) == "o2o/hopper/random-v0"
+    assert collect(Collect(env_id="hopper-random", steps=100)) == "o2o/hopper/random-v1"
     assert [path.name for path in root.iterdir()] == ["o2o"]
 
 
@@ -237,7 +253,7 @@ def test_several_processes_build_it_once(root, monkeypatch):
     both = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     said = sorted(process.communicate(timeout=120)[0] for process in both)
     assert "2,000 steps in" not in said[0] and "is there with 2,000 steps" in said[0]
-    assert "2,000 steps in" in said[1] and minari.load_dataset("o2o/hopper/random-v0").total_steps == 2_000
+    assert "2,000 steps in" in said[1] and minari.load_dataset("o2o/hopper/random-v1").total_steps == 2_000
 
 
 def test_command_line(root):
@@ -247,8 +263,8 @@ def test_command_line(root):
     result = run("collect", "--env-id", "hopper-medium-replay")
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and "hopper-random" in result.stderr
     result = run("collect", "--env-id", "pointmaze-umaze", "--steps", "50", "--workers", "1")
-    assert result.returncode == 0 and "o2o/pointmaze/umaze-v0: 50 steps" in result.stdout, result.stderr
-    assert minari.load_dataset("o2o/pointmaze/umaze-v0").total_steps == 50
+    assert result.returncode == 0 and "o2o/pointmaze/umaze-v1: 50 steps" in result.stdout, result.stderr
+    assert minari.load_dataset("o2o/pointmaze/umaze-v1").total_steps == 50
 
 
 def policy_names():

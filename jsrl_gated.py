@@ -28,9 +28,9 @@ choices:
      confidence is nominal: of 0.9, with thirty episodes of the guide, an upper bound has 0.92 for three results as
      noisy as the guide's, 0.85 for some four times as noisy, and the lower of two [D7] 0.87 and 0.82; and there is a
      look after every episode. Where all results of both are the same, as successes may be, the interval has no width:
-     three of them open a level. Where the noise of an episode is four times the tolerance, an explorer no better than
-     its guide opens one gate in three, as no more than ten results of a trial count: older ones are of another
-     explorer.
+     three of them open a level, which is not deployed [D11]. Where the noise of an episode is four times the tolerance,
+     an explorer no better than its guide opens one gate in three, as no more than ten results of a trial count: older
+     ones are of another explorer.
 [D6] Levels. `level` is confirmed and deployed; training episodes act at `trial`, one step above or the same.
      - A trial is confirmed, after three episodes at least, when its lower bound is above the reference less the
        tolerance. The reference is the best lower bound so far up to that level, or the guide: it rises with every level
@@ -60,9 +60,10 @@ choices:
      105. So the explorer acts as it is at the start of the episode, and what is deployed, or copied, is how it acted in
      the latest episode that the estimator [D4] holds for no worse than the guide's mean (a trial's first is not looked
      at).
-[D11] Nor do they show a rare fall. Where episodes can end in one, as some of the dataset or online did, what is
-     deployed, or becomes the guide, gains more on average than one fall in n + 1 episodes would cost, n being its own.
-     Hopper-expert's explorer was as good as its guide, and no better, in 13 episodes, and then fell in seven of ten.
+[D11] Nor do they show a rare fall. Where episodes can end in one, as some of the dataset or online did, or miss their
+     goal, what is deployed, or becomes the guide, gains more on average than one such in n + 1 episodes would cost, n
+     being its own. Hopper-expert's explorer was as good as its guide, and no better, in 13 episodes, and then fell in
+     seven of ten.
 [D12] `--gate curriculum` and `random` are Jump Start's schedules on all of the above: its explorer is IQL, its batches
      are three quarters online data, of a buffer of 100,000, and evaluations end its stages, here training episodes do.
 """
@@ -741,7 +742,7 @@ class Gate:
     def __init__(self, args: Args, task: Task):
         self.args, self.task = args, task
         self.tolerance = 100 * args.tolerance * task.return_range / (task.ref_max - task.ref_min)
-        self.may_fall = task.domain not in WRAPPERS and bool(task.data["terminated"].any())  # [D11]
+        self.may_fall = task.domain in WRAPPERS or bool(task.data["terminated"].any())  # or miss its goal [D11]
         self.warm = False  # the guide has acted enough for updates and decisions
         self.level, self.trial = 0.0, 0.0  # what is confirmed, what acts in the next training episode [D6]
         self.losing = False  # the explorer, or its copy, in its latest results, or it may fall [D11]
@@ -1210,7 +1211,7 @@ def train(args: Args) -> dict:
         if over:
             states, gains, explored = zip(*trail, strict=True)
             values = guide.value(torch.from_numpy(np.stack(states)).to(device)).squeeze(-1).tolist()
-            gate.may_fall = gate.may_fall or bool(terminated and task.domain not in WRAPPERS)
+            gate.may_fall = gate.may_fall or bool(terminated)
             decided = gate.end(step, level, values, gains) | {"gate/explorer_share": np.mean(explored)}
             run.log("online", step, {"episodic_return": episode_return, "gate/offset": offset} | decided)
             if decided["gate/proven"]:

@@ -62,7 +62,8 @@ there). Our choices, some of which rest on runs in results/README.md:
 [D8] A learner that may rarely act gets few data to correct what it overrates. So its policy loss holds it to the
      retained policy, as TD3+BC (Fujimoto, Gu 2021) does to the data: ever less while it is stable, more while it is
      not. Unless its whole episodes gain [D4], never less than a quarter, nor than twice what it was held by when
-     episodes began to return less; that sinks again while they return no less.
+     episodes began to return less; that sinks again while they return no less. On goal tasks the weight is a tenth: of
+     their |Q|, the steps to come, an action changes little.
 [D9] A reset is due `--reset-every` steps after the last, or after a replacement: a learner that has just proved better
      is not in a local optimum. Where it is due, a learner whose bound and gain promise it is proposed a last time,
      stable or not, and the reset waits until an open proposal is decided. Then all weights are drawn a fifth of the way
@@ -142,7 +143,6 @@ class Args:
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # medium: bfloat16 where the processor has it
     temperature: float = 0.02  # alpha of SAC, for rewards of about 1 a step [D2]
     initial_std: float = 0.1  # of SAC's action, before the tanh
-    hold: float = 0.2  # most weight of the distance to the retained policy in its loss, in units of |Q| [D8]
     evaluator: Literal["frozen-until-stable", "offline", "online"] = "frozen-until-stable"  # whose Q selects [D5]
     selection: Literal["greedy", "softmax"] = "greedy"  # softmax: in training, by chance where the promises are close
     segment_steps: int = 100  # at most; episodes end them too [D1]
@@ -165,14 +165,15 @@ class Args:
     reward_scale: float | None = None  # r -> scale * r + bias, online too; 0: 1000 / return range of the dataset
     reward_bias: float | None = None  # added to the scaled reward
     normalize_obs: bool | None = None  # by mean and standard deviation of the dataset
+    hold: float | None = None  # most weight of the distance to the retained policy in the learner's loss, of |Q| [D8]
     # Locomotion, kitchen: the authors', offline. Antmaze, adroit: CORL's, which has the online numbers to compare with.
     domain_values: ClassVar[dict[str, dict]] = {
         "locomotion": {"expectile": 0.7, "beta": 3.0, "reward_scale": 0.0},
-        "antmaze": {"expectile": 0.9, "beta": 10.0, "reward_bias": -1.0, "normalize_obs": True},
+        "antmaze": {"expectile": 0.9, "beta": 10.0, "reward_bias": -1.0, "normalize_obs": True, "hold": 0.02},
         "adroit": {"expectile": 0.8, "beta": 3.0, "dropout": 0.1, "normalize_obs": True},
         "kitchen": {"expectile": 0.7, "beta": 0.5, "dropout": 0.1},
-        "pointmaze": {"expectile": 0.9, "beta": 10.0, "reward_bias": -1.0},
-        "any": {"dropout": 0.0, "reward_scale": 1.0, "reward_bias": 0.0, "normalize_obs": False},
+        "pointmaze": {"expectile": 0.9, "beta": 10.0, "reward_bias": -1.0, "hold": 0.02},
+        "any": {"dropout": 0.0, "reward_scale": 1.0, "reward_bias": 0.0, "normalize_obs": False, "hold": 0.2},
     }
 
 

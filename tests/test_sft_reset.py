@@ -43,7 +43,7 @@ def make(**options):
     """An offline agent, a learner and their evaluator, as the online phase begins, and a buffer."""
     torch.manual_seed(0)
     np.random.seed(0)
-    values = {"hidden": 8, "batch_size": 16, "expectile": 0.7, "beta": 3.0, "dropout": 0.0}
+    values = {"hidden": 8, "batch_size": 16, "expectile": 0.7, "beta": 3.0, "dropout": 0.0, "hold": 0.2}
     args = Args(**values | {"segment_steps": 5, "window": 4, "reset_every": 0} | options)
     rng, n = np.random.default_rng(0), 200
     data = {key: rng.normal(size=(n, OBS)).astype(np.float32) for key in ("obs", "next_obs")}

@@ -1,6 +1,7 @@
 """Tasks and data: which dataset a name means, how it is read, what becomes of it, where it comes from."""
 
 import http.server
+import importlib
 import os
 import re
 import shutil
@@ -384,6 +385,15 @@ def test_domain_values_fill_only_what_is_none(capsys):
     returns = [e.rewards.sum() for e in minari.load_dataset(TOY_ID).iterate_episodes()]
     assert args.reward_scale == pytest.approx(1000 / np.ptp(returns), rel=1e-5)
     assert task.transform_reward(2.0) == pytest.approx(2 * args.reward_scale + 0.25)
+
+
+@pytest.mark.parametrize("script, names", [("jsrl_gated", ("anchor", "anchor_open")), ("sft_reset", ("hold",))])
+def test_on_goal_tasks_the_learner_is_held_by_a_tenth(script, names):
+    values = importlib.import_module(script).Args.domain_values
+    for domain in ("locomotion", "antmaze", "adroit", "kitchen", "pointmaze"):
+        share = 0.1 if domain in iql.GOAL_DOMAINS else 1
+        resolved = values["any"] | values[domain]
+        assert [resolved[name] for name in names] == pytest.approx([share * values["any"][name] for name in names])
 
 
 @pytest.mark.parametrize("normalize", [False, True])

@@ -390,9 +390,8 @@ def test_domain_values_fill_only_what_is_none(capsys):
 @pytest.mark.parametrize("script, names", [("jsrl_gated", ("anchor", "anchor_open")), ("sft_reset", ("hold",))])
 def test_on_goal_tasks_the_learner_is_held_by_a_tenth(script, names):
     values = importlib.import_module(script).Args.domain_values
-    for domain in ("locomotion", "antmaze", "adroit", "kitchen", "pointmaze"):
-        share = 0.1 if domain in iql.GOAL_DOMAINS else 1
-        resolved = values["any"] | values[domain]
+    for domain, own in values.items():
+        share, resolved = 0.1 if domain in iql.GOAL_DOMAINS else 1, values["any"] | own
         assert [resolved[name] for name in names] == pytest.approx([share * values["any"][name] for name in names])
 
 

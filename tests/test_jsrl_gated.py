@@ -201,9 +201,10 @@ def test_where_episodes_can_end_in_a_fall_a_gain_below_what_few_of_them_hide_is_
 
 def test_successes_alone_open_levels_of_which_nothing_is_deployed_where_an_episode_can_miss_its_goal():
     """Where guide and explorer always succeed there is no noise, and nothing to gain that a miss would not cost."""
-    gate = make_gate(SimpleNamespace(**vars(TASK) | {"domain": "pointmaze"}))
+    task = SimpleNamespace(**vars(TASK) | {"domain": "pointmaze"})
+    gate = make_gate(task)
     assert decisions(play(gate, [100] * 9, [100])) == [0, 0, 1] * 3 and gate.level == 1 and gate.deployed == 0
-    gate = make_gate(SimpleNamespace(**vars(TASK) | {"domain": "pointmaze"}))
+    gate = make_gate(task)
     play(gate, [100] * 30, [0, 100, 100, 100])
     assert gate.level == 1 and gate.deployed == 1, "25 points, and one miss in eleven episodes would cost 7"
 

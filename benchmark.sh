@@ -28,7 +28,7 @@ declare -A FLAGS=( # variant -> flags beside its script's defaults; script:word 
   [jsrl_gated:curriculum]="--gate curriculum" [jsrl_gated:random]="--gate random" [jsrl_gated:no_promote]="--no-promote"
   [sft_reset]="" [sft_reset:online]="--evaluator online" [sft_reset:offline]="--evaluator offline"
   [sft_reset:noreset]="--reset-every 0" [sft_reset:forget]="--reset-share 1"
-  [cal_ql]="" [cal_ql:fast]="--gap-every 8" [cal_ql:no_calibrate]="--no-calibrate"
+  [cal_ql]="" [cal_ql:fast]="--gap-every 8 --matmul-precision medium" [cal_ql:no_calibrate]="--no-calibrate"
 )
 
 preset() {

@@ -172,9 +172,16 @@ def test_policy_is_tanh_of_the_layers():
     assert action == pytest.approx(expected, abs=step / 2) and action.dtype == np.float32 and action % step == 0
 
 
-@pytest.mark.parametrize("task", ["halfcheetah-medium", "hopper-medium", "pointmaze-umaze"])
-def test_an_episode_has_the_same_bits_on_another_processor(task):
-    """As far as one can play another: OpenBLAS with the kernels of 2008, numpy without AVX."""
+V1 = {  # what -v1 in a stand-in's id means: whoever has to change these changes that, too
+    "halfcheetah-medium": "f88488646b3f61d13e8cc207aaeb6876a3c73f87ec6a5fbb75cfecf23e698e8c 1000",
+    "hopper-medium": "798637018431c85b7c34f6501fd065243965d025dacbf10afc0497cc81356e3c 474",
+    "pointmaze-umaze": "cf29772d7c62261d5df6136e5dae74d533274d7458d34822e344cf64b5887142 300",
+}
+
+
+@pytest.mark.parametrize("task", V1)
+def test_an_episode_has_the_same_bits_on_every_processor(task):
+    """On this one, and as far as it can play one of 2008: OpenBLAS with that one's kernels, numpy without AVX."""
     code = "import hashlib, make_dataset; e = make_dataset.rollout(*'{}'.split('-'), 0, 1); print(hashlib.sha256("
     code += "e['rewards'].tobytes() + e['actions'].tobytes()).hexdigest(), len(e['rewards']))"
     old = {"OPENBLAS_CORETYPE": "Nehalem", "NPY_DISABLE_CPU_FEATURES": "X86_V3 X86_V4 AVX512_ICL AVX512_SPR"}
@@ -183,7 +190,7 @@ def test_an_episode_has_the_same_bits_on_another_processor(task):
         subprocess.run(command, cwd=ROOT, env=os.environ | env, capture_output=True, text=True, check=True).stdout
         for env in ({}, old)
     )
-    assert here == there and len(here.split()[0]) == 64
+    assert here.strip() == there.strip() == V1[task]
 
 
 def test_an_error_while_writing_leaves_nothing(root, one_process, monkeypatch):

@@ -5,8 +5,9 @@ of which only the abstract is public to us, on top of Uchendu et al., "Jump-Star
     python jsrl_gated.py --env-id hopper-medium
 
 The guide, the offline policy, begins every episode, the explorer ends it. At first the guide acts alone. Training
-episodes try a larger share of the explorer than is deployed: where they show with confidence that nothing is lost, that
-share is deployed, where they show a loss, it is given up. An explorer that is clearly better becomes the guide.
+episodes try a larger share of the explorer than is deployed: where they show with confidence that no more is lost than
+tolerated, that share is deployed as long as nothing is lost, where they show more, it is given up. An explorer that is
+clearly better becomes the guide.
 
 How to read it: `Agent` is IQL (equation numbers of arXiv 2110.06169), the offline learner and then the guide;
 `Explorer` is the online learner, SAC; `Gate` decides who acts; `train`, the last function, is the run from top to
@@ -36,39 +37,43 @@ choices:
        tolerance. The reference is the best lower bound so far up to that level, or the guide: it rises with every level
        that opens, but bounds from higher levels do not count below them, for one lucky sample would keep every later
        trial shut. The next step is then twice as large.
-     - It is refuted when its upper bound is below the guide less the tolerance. The next one is smaller, and waits
+     - It is refuted when its upper bound is below the guide less the tolerance. The next step is half of it, and waits
        longer each time.
-     - After a trial with more results than the guide has, the guide acts alone for an episode.
+     - While a trial is undecided and has more results than the guide has episodes, the next one is the guide's.
      - The tolerance is a share of the dataset's range of returns: noisy tasks have a wide one. It is for exploring; no
        loss seen is deployed: as long as the mean of all results or of the last four is below the guide's, the guide is.
+       The results are the trial's, also where the level below it is what is deployed.
      - Trials act with the explorer's noise, which is not deployed.
 [D7] The upper bound is the lower one of two: that of the last ten episodes, for a lasting loss amid noise, and that of
      the last four, for a collapse. `level` closes by the same test at half the tolerance: to where the loss, were it in
-     proportion to the level, is tolerated. It is compared with the guide, not with the best so far: closing only leads
-     back to the guide.
+     proportion to the level, is tolerated; the next step is half of what it would have been. It is compared with the
+     guide, not with the best so far: closing only leads back to the guide.
 [D8] An explorer that may not act gets no data to correct what it overrates, and falls to nothing behind a closed gate.
      So its policy loss holds it to the guide, as TD3+BC (Fujimoto, Gu 2021) does to the data, by a weight that falls
      with the mean of level and trial, half of the way in 1,000 steps. Where the gate is open a little of it stays:
      without (`--gate open --anchor-open 0`, plain fine-tuning) hopper's learner falls for good. On goal tasks the
      weight is a tenth: of their |Q|, the steps to come, an action changes little. With all of it pointmaze-medium's
      gate (60 % after 5,000 offline steps) stayed closed for 25,000 steps; with a tenth a copy of the explorer was the
-     guide after 15,000 (83 %).
+     guide after 15,000 (83 %). While a copy is on test [D9] the explorer is held to it, as at level 0.
 [D9] SAC may lose what it has gained. So an explorer at level 1 whose lower bound, of all results or of the last four,
      is above its guide by more than the tolerance is copied (--promote), after five results there and an episode no
-     worse than either's mean. The frozen copy acts alone in training episodes, and is deployed as its explorer was,
-     until the bounds of its own returns decide: it becomes the guide, as one in six equal ones does where there is no
-     fall [D11], or is dropped. Either way trials go on at level 1. Bounds of a policy that learns on say little of one
-     moment: hopper's copy of a policy that had returned 3,300 returned 330.
+     worse than either's mean. The frozen copy acts alone in training episodes, and is deployed while its own returns
+     lose nothing and, where there are falls, gain enough [D11]. It becomes the guide when their lower bound shows a
+     gain, as that of one in six equal ones does where there is no fall, and is dropped when their upper bound is below
+     the tolerance, or after ten. Either way trials go on at level 1, with nothing confirmed. The returns that made it
+     the guide are its first as the guide, high as those of whatever is chosen: an error on the safe side. Bounds of a
+     policy that learns on say little of one moment: hopper's copy of a policy that had returned 3,300 returned 330.
 [D10] Nor do they tell that it is about to collapse: hopper-expert's explorer returned 10 after eight episodes of 100 to
      105. So the explorer acts as it is at the start of the episode, and what is deployed, or copied, is how it acted in
      the latest episode that the estimator [D4] holds for no worse than the guide's mean (a trial's first is not looked
      at).
 [D11] Nor do they show a rare fall. Where episodes can end in one, as some of the dataset or online did, or miss their
      goal, what is deployed, or becomes the guide, gains more on average than one such in n + 1 episodes would cost, n
-     being its own. Hopper-expert's explorer was as good as its guide, and no better, in 13 episodes, and then fell in
-     seven of ten.
-[D12] `--gate curriculum` and `random` are Jump Start's schedules on all of the above: its explorer is IQL, its batches
-     are three quarters online data, of a buffer of 100,000, and evaluations end its stages, here training episodes do.
+     being its number of results. Hopper-expert's explorer was as good as its guide, and no better, in 13 episodes, and
+     then fell in seven of ten.
+[D12] `--gate curriculum` and `random` are Jump Start's schedules for the explorer of [D2], [D3] and [D8], deployed as
+     it is: Jump Start's own is IQL, its batches are three quarters online data, of a buffer of 100,000, and evaluations
+     end its stages, here training episodes do.
 """
 
 import contextlib
@@ -144,7 +149,7 @@ class Args:
     warmup_steps: int = 5_000  # environment steps that the guide takes first, at least three episodes, without updates
     temperature: float = 0.02  # alpha of SAC, for rewards of about 1 a step [D2]
     initial_std: float = 0.1  # of SAC's action, before the tanh
-    gate: Literal["confidence", "curriculum", "random", "open", "closed"] = "confidence"  # see Gate.decide
+    gate: Literal["confidence", "curriculum", "random", "open", "closed"] = "confidence"  # who acts [D6] [D12]
     switch: Literal["horizon", "random"] = "horizon"  # the explorer gets the end of an episode, or segments all over it
     estimator: Literal["advantage", "returns"] = "advantage"  # what the gate compares [D4]
     tolerance: float = 0.05  # share of the dataset's range of returns that may be lost [D6]
@@ -720,12 +725,10 @@ class Explorer(Agent):
 
 
 def bounds(sample: list[float], reference: list[float], confidence: float) -> tuple[float, float, float]:
-    """Difference of two means, its lower and its upper bound, each with this confidence [D5]."""
+    """Difference of the means of two samples of at least two, its lower and its upper bound of this confidence [D5]."""
     from scipy.special import stdtrit  # quantile of Student's t; here, so that all scripts import the same on top
 
     n, m = len(sample), len(reference)
-    if min(n, m) < 2:
-        return 0.0, -math.inf, math.inf
     own, other = np.var(sample, ddof=1), np.var(reference, ddof=1)
     variance = max(own, ((n - 1) * own + (m - 1) * other) / (n + m - 2)) * (1 / n + 1 / m)
     estimate, half = np.mean(sample) - np.mean(reference), stdtrit(n + m - 2, confidence) * math.sqrt(variance)
@@ -750,7 +753,7 @@ class Gate:
         self.may_fall = task.domain in WRAPPERS or bool(task.data["terminated"].any())  # or miss its goal [D11]
         self.warm = False  # the guide has acted enough for updates and decisions
         self.level, self.trial = 0.0, 0.0  # what is confirmed, what acts in the next training episode [D6]
-        self.losing = False  # the explorer, or its copy, in its latest results, or it may fall [D11]
+        self.losing = False  # the latest results, or a tested copy's, are below the guide's, or too little above [D11]
         self.notch, self.wait, self.patience = 0.2, 0, 1  # next step up; episodes until it; wait after a refutation
         self.length, self.guide = 0.0, []  # median length and the [values, gains] of the guide's latest episodes
         self.results = []  # [values, gains, switch step] of the latest episodes at `trial`
@@ -796,8 +799,8 @@ class Gate:
 
     def next_level(self) -> float:
         """Level of the next training episode: where a trial stays undecided, the guide's sample grows as well."""
-        compared = self.args.gate == "confidence" and self.trial > self.level and len(self.results) > len(self.guide)
-        return 0.0 if compared or len(self.guide) < 3 else self.trial
+        undecided = self.trial > self.level and len(self.results) > len(self.guide)
+        return 0.0 if undecided and self.args.gate == "confidence" else self.trial
 
     def samples(self) -> dict[str, tuple[list[float], list[float]]]:
         """Results of the explorer and of the guide, by each estimator, of the episodes that reached the switch [D4]."""
@@ -818,12 +821,12 @@ class Gate:
         returns = [sum(gains) for _, gains, _ in self.results], [g[i][0] for i in reached]
         return {"advantage": min(pairs, key=lambda pair: np.var(pair[1])), "returns": returns}
 
-    def end(self, step: int, level: float, values: list[float], gains: list[float]) -> dict[str, float]:
-        """Take in an episode acted at `level` (a step each: IQL's V in `values`, what it adds to the return that scores
-        are of in `gains`), decide who acts next, and return what to log."""
+    def end(self, step: int, level: float, values: list[float], gains: list[float], offset: float = 0.5) -> dict:
+        """Take in an episode acted at `level` and `offset` (a step each: IQL's V in `values`, what it adds to the
+        return that scores are of in `gains`), decide who acts next, and return what to log."""
         gains = [float(gain) * 100 / (self.task.ref_max - self.task.ref_min) for gain in gains]
         switch = self.switch_step(level)
-        acted = level > 0 and len(gains) > switch  # one that ended before says nothing about the explorer
+        acted = any(self.explores(t, level, offset) for t in range(len(gains)))  # or it says nothing of the explorer
         promoted, proven = 0, False
 
         # It is the tested copy's, the guide's or the explorer's
@@ -834,13 +837,14 @@ class Gate:
             self.guide = [*self.guide, [values, gains]][-30:]
         elif acted:
             self.results = [*self.results, [values, gains, switch]][-10:]
-        self.length = float(np.median([len(values) for values, _ in self.guide]))
+        if not self.results:  # within a trial the switch stays, for the guide's episodes are looked at from there, too
+            self.length = float(np.median([len(values) for values, _ in self.guide]))
         self.warm = self.warm or (step >= self.args.warmup_steps and len(self.guide) >= 3)
 
         # The explorer at this trial against the guide [D4] [D5] [D7]
         log, estimates, decision = {"trial": level, "switch_step": switch}, (0.0, -math.inf, math.inf), 0
         reference, confidence = max(b for opened, b in self.confirmed if opened <= self.trial), self.args.confidence
-        if self.warm and len(self.results) >= 2:
+        if len(self.results) >= 2:
             pairs = self.samples()
             log |= {f"width_{name}": np.ptp(bounds(*pair, confidence)[1:]) for name, pair in pairs.items()}
             sample, guide = pairs[self.args.estimator]
@@ -848,19 +852,18 @@ class Gate:
             recent, latest_lower, latest_upper = bounds(sample[-4:], guide, confidence)
             self.losing = bool(estimate < self.hidden_loss(self.trial, len(sample)) - TIE or recent < -TIE)
             proven = acted and sample[-1] >= np.mean(guide) - TIE  # [D10]
-            estimate, upper = recent if latest_upper < -self.margin() else estimate, min(upper, latest_upper)
-            estimates = estimate, lower, upper
-            named = {"estimate": estimate, "lower": lower, "upper": upper, "reference": reference}
-            base = self.guide_score
-            log |= {name: base + value for name, value in named.items()}
+            collapsed = latest_upper < -self.margin() and self.args.gate == "confidence"
+            estimates = recent if collapsed else estimate, lower, min(upper, latest_upper)
+            points = zip(("estimate", "lower", "upper", "reference"), (*estimates, reference), strict=True)
+            log |= {name: self.guide_score + value for name, value in points}
             log["calibration"] = np.mean(pairs["advantage"][1])
 
         # What is deployed and tried next [D6]; copied is an explorer that is clearly better [D9]
         if self.warm and not self.candidate:
             before, decision = self.trial, self.decide(*estimates, reference)
             self.results = self.results if self.trial == before else []
-        better = self.level == 1 and len(self.results) >= 5 and max(lower, latest_lower) > self.tolerance
-        better = better and proven and sample[-1] >= np.mean(sample) - TIE  # not where the latest episode begins a fall
+        better = self.level == 1 and len(self.results) >= 5 and proven and max(lower, latest_lower) > self.tolerance
+        better = better and sample[-1] >= np.mean(sample) - TIE  # not where the latest episode begins a fall
         if better and self.args.promote and self.args.gate == "confidence":
             self.candidate, self.results = True, []
             self.level, self.trial, self.notch, self.wait = 0.0, 0.0, 1.0, 0
@@ -875,17 +878,17 @@ class Gate:
         gain, recent = np.mean(tested) - np.mean(guide), np.mean(tested[-4:]) - np.mean(guide)
         risky = gain < self.hidden_loss(1.0, len(tested))
         self.losing, better = bool(risky or recent < 0), lower > 0 and not risky
-        if better:
-            self.guide, self.confirmed = self.tested, [[0.0, 0.0]]
-        elif upper >= self.tolerance and len(tested) < 10:
+        if not better and upper >= self.tolerance and len(tested) < 10:
             return 0
-        self.candidate, self.tested = False, []
+        if better:
+            self.guide = self.tested
+        self.candidate, self.tested, self.confirmed = False, [], [[0.0, 0.0]]
         return 1 if better else -1
 
     def decide(self, estimate: float, lower: float, upper: float, reference: float) -> int:
         """Set `level` and the next `trial`; 1: opened, -1: refuted or closed, 0: neither."""
         args = self.args
-        if args.gate in ("open", "closed", "random"):  # random: Jump Start's, any switching step, the explorer deployed
+        if args.gate in ("open", "closed", "random"):  # random: Jump Start's, any switching step [D12]
             self.level = float(args.gate != "closed")
             self.trial = random.random() if args.gate == "random" else self.level
             return 0
@@ -897,7 +900,7 @@ class Gate:
                 self.level = self.trial = round(self.level + 0.1, 6)
             return int(opens)
         opens = self.trial > self.level and len(self.results) >= 3 and lower > reference - self.tolerance
-        refuted = self.trial > 0 and upper < -self.margin()
+        refuted = upper < -self.margin()
         if refuted:
             step = self.trial - self.level or self.notch
             if self.trial == self.level:  # to where the loss is tolerated, if it is in proportion to the level [D7]
@@ -1217,13 +1220,13 @@ def train(args: Args) -> dict:
             states, gains, explored = zip(*trail, strict=True)
             values = guide.value(torch.from_numpy(np.stack(states)).to(device)).squeeze(-1).tolist()
             gate.may_fall = gate.may_fall or bool(terminated)
-            decided = gate.end(step, level, values, gains) | {"gate/explorer_share": np.mean(explored)}
+            decided = gate.end(step, level, values, gains, offset) | {"gate/explorer_share": np.mean(explored)}
             run.log("online", step, {"episodic_return": episode_return, "gate/offset": offset} | decided)
             if decided["gate/proven"]:
                 copy_weights(acting.actor.net, proven.actor.net)
             if decided["gate/promoted"] > 0:
                 copy_weights(proven.actor.net, guide.actor.net)
-            elif decided["gate/promoted"] < 0:  # what was refuted is not to be deployed when the level rises again
+            elif decided["gate/promoted"] < 0:  # a dropped copy is not to be deployed when the level rises again
                 copy_weights(guide.actor.net, proven.actor.net)
             if args.explorer == "sac" and args.warm_start and gate.warm:  # [D8]
                 copy_weights((proven if gate.candidate else guide).actor.net, explorer.anchor_net)
@@ -1234,9 +1237,8 @@ def train(args: Args) -> dict:
                 run.save()
 
     # ---- finish ----
-    parts = {"agent": agent, "explorer": explorer, "guide": guide, "proven": proven, "gate": gate}
-    online = {name: part.state_dict() for name, part in parts.items()} | {"phase": "online"} | identity
-    save_file(run.dir / "online.pt", online)
+    parts = {name: part.state_dict() for name, part in run.parts.items() if name != "buffer"}
+    save_file(run.dir / "online.pt", identity | {"phase": "online"} | parts)
     return run.finish(task)
 
 

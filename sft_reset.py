@@ -6,57 +6,54 @@ After Zhao, Li, Lin, "An Improved Stable Fine-Tuning framework for offline-to-on
 public to us: keep the offline evaluation network for action selection until the new one is stable, evaluate policies
 comprehensively, reset parameters periodically. How to do these three is our reading.
 
-Deployed is the retained pair, a frozen policy and its Q: IQL's at first. The learner, SAC, starts from it and is
-updated in every step. In training the evaluator picks between the actions of both; now and then the learner acts alone.
-From what the Qs promised and what was obtained it judges whether the new Q is stable and what the learner is worth. A
-learner that looks better is copied; once the copy has proved it in whole episodes, it is the retained pair.
+Deployed is the retained pair, a frozen policy and its Q: IQL's at first. The learner, SAC, starts from it. In training
+the evaluator picks between the actions of both; now and then the learner acts alone. From what the Qs promised and what
+was obtained it judges whether the new Q is stable and what the learner is worth. A learner that looks better is copied;
+once the copy has proved it in whole episodes, it is the retained pair.
 
 How to read it: `Agent` is IQL (equation numbers of arXiv 2110.06169), `Explorer` the learner, `Retention` decides by
 whole episodes who is retained, `Evaluator` by segments of them who acts, and `train`, the last function, is the run
 from top to bottom. Metrics: README.md. IQL departs from its authors' as in iql_finetune.py ([D1] to [D5], [D7] to [D9]
 there). Our choices, some of which rest on runs in results/README.md:
-[D1] Segments. Episodes are cut into short ones. In most of them the evaluator selects, action by action, and the
-     learner's actions have its noise. In probes the learner acts alone and without noise, as it would be deployed, to
-     the end of the episode: a Q that has not seen what the learner's actions lead to overrates them, and yet looks
-     calibrated, and a fall may come hundreds of steps after its cause. A probe may begin once TD error and drift are
-     small. Once the new Q is stable, some whole episodes are the learner's, too, with its weights as they are at the
-     start (its Q's promises there are of the action that it would take by then): what it does in states that the
-     retained policy has led to says little of what it would do by itself.
-[D2] The learner is SAC from the offline policy's mean action, at a fixed small temperature: a learned one ran away.
-[D3] Its critics start as IQL's (LayerNorm critics fitted to IQL's Q on the dataset overrated its actions at once).
-     Batches are half dataset, half online. No update before a window of segments.
+[D1] Episodes are cut into segments. In most of them the evaluator selects, action by action, and the learner's actions
+     have its noise. In probes the learner acts alone and without noise, as it would be deployed, to the end of the
+     episode: a Q that has not seen what the learner's actions lead to overrates them, and yet looks calibrated, and a
+     fall may come hundreds of steps after its cause. A probe begins, and goes on, only while TD error and drift keep to
+     twice their limits [D5]. Once the new Q is stable, some whole episodes are the learner's, too, with its weights as
+     they are at the start (its Q's promises there are of the action that it would take by then): what it does in states
+     that the retained policy has led to says little of what it would do by itself.
+[D2] The learner is SAC from the offline policy's mean action, at a fixed small temperature.
+[D3] Its critics start as IQL's. Batches are half dataset, half online. No update before a window of segments.
 [D4] Selection. The learner acts in a state where both critics of the selecting Q promise more than a margin above the
      retained action. The margin is by how much promises exceeded the gains obtained in recent segments, plus its
      standard error. It is 0 once the new Q is stable, as a learner that seldom acts seldom learns, and the learner acts
      in every state while its latest whole episodes gain: return more than the retained policy's by more than their
      standard error. Where the latest selections lost by more than their standard error, the retained policy acts alone
-     until they are five windows old. What is deployed only gains by replacement [D7]: gains in value are discounted by
-     0.99 and miss what ends an episode.
+     until they are five windows old. What is deployed only gains by replacement [D7].
 [D5] Stability. The new Q is stable once three measures are small over a window: its TD error, its drift at fixed
-     states, and by how much its promises in probes exceed k-step returns. It stays so until one of them exceeds twice
-     its limit, or is not known for want of recent probes. It is not stable, either, where the latest episodes in which
-     both policies acted returned less than the retained one's own by more than two standard errors. Until then the
-     retained Q selects, by the same rule. To promise less than is obtained does no harm, and SAC's Q does: it is of
-     noisy actions, the lower of two, with a negative entropy.
+     states, and by how much its promises in probes exceed what they obtain in a segment, with a standard error added.
+     It stays so until one of them exceeds twice its limit, or is not known for want of recent probes. It is not stable,
+     either, where the latest episodes that were no one's by plan returned less than the retained policy's own by more
+     than two standard errors. Until then the retained Q selects, by the same rule. To promise less than is obtained
+     does no harm. All standard errors here take segments for independent, those of one episode, too.
 [D6] A gain obtained is a sum of TD errors of the retained policy's fitted Q. Whatever is wrong with that Q shows in the
      segments of the retained policy alone and is subtracted.
 [D7] Replacement.
-     - A policy's value is the inverse-variance mean of three estimates: its critic at start states, fitted Q evaluation
-       there, and that of the retained policy plus the gains obtained.
+     - A policy's value is the inverse-variance mean of three estimates, as if they were independent: its critic at
+       start states, fitted Q evaluation there, and that of the retained policy plus the gains obtained.
      - A learner is proposed by value: its Q is stable, its lower bound is above the retained pair's estimate, and
        nothing says that it lost. Or by its latest whole episode, as discounted values see little of where one ends and
        a learner may soon lose what it can: the very weights that acted there, if it returned more than the upper
        quartile of the retained policy's, or than their mean while the learner's whole episodes gain.
      - Then a frozen copy acts alone in every other episode. It is retained once it has three, returned more on average
-       and a one-sided rank test (Mann-Whitney; its normal approximation where returns tie, as successes do) says that
-       it is better. It is refused as soon as it does not return more on average, is in doubt by more than 0.3 after
-       three, or still in doubt after ten. 8 % of equal copies pass.
+       and a one-sided rank test (Mann-Whitney) says that it is better. It is refused as soon as it does not return more
+       on average, is in doubt by more than 0.3 after three, or still in doubt after ten. 8 % of equal copies pass.
      - Where an episode can end early, and that is a failure, a gain also has to exceed what a fall could cost that its
        n episodes do not show: the retained return above a random policy's, over n + 1. A copy is refused as soon as it
        gains less than ten would need.
      - A copy on trial gives way to weights whose whole episode returned more than any of its own and of the retained
-       policy's, and to a learner whose values promise more than it has shown in three. After a trial is a window of
-       segments before values may propose again.
+       policy's, and to a learner with a stable Q whose values promise more than it has shown in three. After a trial is
+       a window of segments before values may propose again.
      - The replaced policy is kept. Every other episode is one of the new one's, whole, until it has ten since its
        trial, or the test leaves no doubt (0.01); if the former one's returned more on average, it is restored.
 [D8] A learner that may rarely act gets few data to correct what it overrates. So its policy loss holds it to the
@@ -65,12 +62,14 @@ there). Our choices, some of which rest on runs in results/README.md:
      episodes began to return less; that sinks again while they return no less. On goal tasks the weight is a tenth: of
      their |Q|, the steps to come, an action changes little.
 [D9] A reset is due `--reset-every` steps after the last, or after a replacement: a learner that has just proved better
-     is not in a local optimum. Where it is due, a learner whose bound and gain promise it is proposed a last time,
-     stable or not, and the reset waits until an open proposal is decided. Then all weights are drawn a fifth of the way
-     to fresh ones (shrink and perturb: Ash, Adams 2020), with more updates a step until the new Q is stable or half of
-     the time to the next reset is over. The plain reading of the abstract, all fresh, is `--reset-share 1`. Shrunk
-     critics are too low, and TD learning takes at most tau (1 - gamma) an update off an error in the level of all
-     values, so that no Q was stable again. So the level is put back, as far as it goes linearly.
+     is not in a local optimum. Where it is due, a learner whose lower bound promises a gain, and which has not lost, is
+     proposed a last time, stable or not, and the reset waits until an open proposal is decided. Then all weights are
+     drawn a fifth of the way to fresh ones (shrink and perturb: Ash, Adams 2020), with more updates a step until the
+     new Q is stable or half of the time to the next reset is over. The plain reading of the abstract, all fresh, is
+     `--reset-share 1`. The level of the shrunk critics is put back, as far as it goes linearly: TD learning takes at
+     most tau (1 - gamma) an update off an error in the level of all values.
+[D10] To compare with: `--evaluator offline` never lets the new Q select, `online` lets it from the start, without
+     margin or hold, and deploys the mixture. Neither proposes or replaces anything.
 """
 
 import contextlib
@@ -143,13 +142,13 @@ class Args:
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # medium: bfloat16 where the processor has it
     temperature: float = 0.02  # alpha of SAC, for rewards of about 1 a step [D2]
     initial_std: float = 0.1  # of SAC's action, before the tanh
-    evaluator: Literal["frozen-until-stable", "offline", "online"] = "frozen-until-stable"  # whose Q selects [D5]
+    evaluator: Literal["frozen-until-stable", "offline", "online"] = "frozen-until-stable"  # whose Q selects [D5] [D10]
     selection: Literal["greedy", "softmax"] = "greedy"  # softmax: in training, by chance where the promises are close
     segment_steps: int = 100  # at most; episodes end them too [D1]
     probe_rate: float = 0.15  # chance that a segment begins a probe where one may [D1]
     whole_rate: float = 0.3  # chance that an episode is wholly the learner's, once its Q is stable [D1]
     control_share: float = 0.1  # of the segments, of the retained policy alone, once there is a margin
-    window: int = 10  # segments, probes or controls that a judgement looks back on; half as many will do
+    window: int = 10  # segments of a kind that a judgement looks back on, twice as many controls; half will do
     td_limit: float = 0.05  # mean TD error, in units of the mean absolute reward's value [D5]
     drift_limit: float = 0.05  # of values over a window, same unit
     calibration_limit: float = 0.15  # of what Q promises beyond k-step returns in probes, same unit
@@ -751,12 +750,9 @@ def reset(learner: Explorer, batch: dict[str, Tensor]) -> None:
     """Draw all weights towards fresh ones, in place, so that a captured graph goes on with the new weights. Then fit
     what each critic says of a batch of `ReplayBuffer.sample` to what it said before [D9]."""
     before = learner.critic(batch["obs"], batch["action"])
-    fresh = copy.deepcopy(nn.ModuleList([learner.actor, learner.critic]))
-    for module in fresh.modules():
-        if hasattr(module, "reset_parameters"):
-            module.reset_parameters()
-    fresh[0].log_std.fill_(math.log(learner.args.initial_std))
-    torch._foreach_lerp_(learner.trained, list(fresh.parameters()), learner.args.reset_share)
+    with learner.anchor.device:
+        fresh = Explorer(batch["obs"].shape[-1], batch["action"].shape[-1], learner.args)
+    torch._foreach_lerp_(learner.trained, fresh.trained, learner.args.reset_share)
     after = learner.critic(batch["obs"], batch["action"])
     for net, old, new in zip(learner.critic.nets, before, after, strict=True):
         variance, covariance = torch.cov(torch.stack([new, old]))[0]
@@ -776,15 +772,18 @@ def expect(critic: nn.Module, policy: nn.Module, obs: Tensor) -> np.ndarray:
 
 RETAINED, PROPOSED, FORMER, LATEST = range(4)  # index `Retention.pairs` and, with NO_ONE, `Retention.returns`
 NO_ONE = -1
-PROBE, SELECTED, CONTROL, WHOLE_CONTROL = 1, 0, -1, -2  # roles of segments: who acted; the retained one in the last two
+PROBE, SELECTED, CONTROL, WHOLE_CONTROL = 1, 0, -1, -2  # roles of segments; below SELECTED the retained one acted alone
 
 
 class Retention(nn.Module):
     """Which policy is retained: whole episodes decide [D7]."""
 
-    def __init__(self, learner: Explorer, args: Args):
+    def __init__(self, learner: Explorer, task: Task, args: Args):
         super().__init__()
         self.args = args
+        self.per_return, self.ref_min = 100 / (task.ref_max - task.ref_min), task.ref_min
+        known = task.domain not in WRAPPERS  # elsewhere to terminate is good
+        self.may_fall = known and bool(task.data["terminated"].any())
         # Of a learner's form, but no update reaches them: the retained pair, the one proposed, the former one (replaced
         # last) and the learner as it was when its latest whole episode began.
         self.pairs = nn.ModuleList(copy.deepcopy(learner).requires_grad_(False) for _ in range(4))
@@ -792,28 +791,18 @@ class Retention(nn.Module):
         # Of whole episodes of each of `pairs` alone, the last being the learner's latest ones; then of the latest that
         # were no one's by plan: there the learner acts alone too where a probe begins with the episode.
         self.returns = [[], [], [], [], []]
-        self.alone = NO_ONE  # whose the whole episode is
-        self.kind = "select"  # of the segment: select or sample, probe, control; trial: the proposed one's, no segment
+        self.alone = RETAINED  # whose the whole episode is
+        self.kind = "control"  # of the segment: select, probe, control; trial: the proposed one's episode, no segment
         self.stable = False  # the new Q [D5]
         self.proving, self.parting = False, False  # a copy is tried; its learner's reset is due
         self.segments, self.next_proposal = 0, args.window  # ended so far; from then on values may propose
         self.replaced = self.restored = self.renewed = 0  # `renewed`: the step of the latest replacement or reset
         self.tried = 0  # how many of the retained policy's episodes are of its trial
-
-    def begin(self, task: Task, score: float) -> None:
-        self.score = float(score)  # of the retained policy
-        self.per_return, self.ref_min = 100 / (task.ref_max - task.ref_min), task.ref_min
-        known = task.domain not in WRAPPERS  # elsewhere to terminate is good
-        self.may_fall = known and bool(task.data["terminated"].any())
+        self.score = math.nan  # of the retained policy; not known before `begin`
 
     @property
     def retained(self) -> Explorer:
         return self.pairs[RETAINED]
-
-    @property
-    def selecting(self) -> str:
-        """The kind of a segment whose Q selects the actions."""
-        return "sample" if self.args.selection == "softmax" else "select"
 
     def score_of(self, i: int) -> float:
         return float(self.per_return * (np.mean(self.returns[i]) - self.ref_min))
@@ -828,7 +817,7 @@ class Retention(nn.Module):
         return self.score_of(i) - self.score_of(RETAINED), float(self.per_return * error)
 
     def prove(self, proposed: Explorer) -> None:
-        """A frozen copy of the learner, as it is or was, is proposed: whole episodes prove it."""
+        """A frozen copy of the learner, as it is or was, is proposed: whole episodes prove it. Else never [D10]."""
         if self.args.evaluator == "frozen-until-stable":
             copy_weights(proposed, self.pairs[PROPOSED])
             self.proving, self.returns[PROPOSED] = True, []
@@ -851,7 +840,7 @@ class Retention(nn.Module):
 
         # Proposed: the very weights of a whole episode that returned more than usual
         own = self.returns[RETAINED]
-        if self.alone == LATEST and own:
+        if self.alone == LATEST:
             score_gain, error = self.score_gain(LATEST)
             usual = np.mean(own) if score_gain > error else np.quantile(own, 0.75)
             if episode_return > (max(own + self.returns[PROPOSED]) if self.proving else usual):
@@ -863,8 +852,8 @@ class Retention(nn.Module):
             gain = float(np.mean(tried) - np.mean(own))
             p_value = rank_test(tried, own).pvalue if len(tried) >= 3 else 0.0
             fall = max(float(np.mean(own)) - self.ref_min, 0.0) if self.may_fall else 0.0
-            sure = bool(p_value <= 1 - self.args.replace_confidence)
-            better = len(tried) >= 3 and gain > fall / (len(tried) + 1) and sure
+            sure = len(tried) >= 3 and p_value <= 1 - self.args.replace_confidence
+            better = sure and gain > fall / (len(tried) + 1)
             if better or gain <= fall / (10 + 1) or p_value > 0.3 or len(tried) == 10:
                 self.next_proposal = self.segments + self.args.window
                 if better:
@@ -890,7 +879,7 @@ class Retention(nn.Module):
             self.alone = LATEST
             copy_weights(learner, self.pairs[LATEST])
         kinds = {RETAINED: "control", PROPOSED: "trial", LATEST: "probe"}
-        self.kind = kinds.get(self.alone, self.selecting if self.kind == "trial" else self.kind)
+        self.kind = kinds.get(self.alone, "select" if self.kind == "trial" else self.kind)
 
     def replace(self, learner: Explorer, by: int) -> None:
         """The proposed or the former pair is retained from now on."""
@@ -898,12 +887,12 @@ class Retention(nn.Module):
         if by == PROPOSED:
             copy_weights(self.retained, self.pairs[FORMER])
             self.returns[FORMER], self.tried = self.returns[RETAINED], len(self.returns[PROPOSED])
+            # What the learner returned before is not of now; its copy's are the nearest
+            self.returns[LATEST] = self.returns[PROPOSED][-self.args.window // 2 :]
         copy_weights(self.pairs[by], self.retained)
         copy_weights(self.retained.actor.net, learner.anchor_net)
         self.score, self.returns[RETAINED], self.returns[by] = self.score_of(by), self.returns[by], []
         self.returns[NO_ONE] = []
-        if by == PROPOSED:  # what the learner returned before is not of now; its copy's are the nearest
-            self.returns[LATEST] = self.returns[RETAINED][-self.args.window // 2 :]
 
 
 class Evidence:
@@ -952,36 +941,33 @@ class Evaluator(Retention):
     """Who acts, retained pair or learner, and how good each is: in lists of two the first is of the retained pair. It
     decides between segments of one episode, from what the last ones promised and obtained."""
 
-    def __init__(self, learner: Explorer, args: Args):
-        super().__init__(learner, args)
+    def __init__(self, learner: Explorer, task: Task, args: Args):
+        super().__init__(learner, task, args)
+        self.horizon = 1 / (1 - args.gamma)  # effective
+        self.scale = float(np.abs(task.data["reward"]).mean()) * self.horizon + 1e-6  # the unit of the limits
+        steps = len(task.data["reward"]) / task.episodes
+        known = task.domain not in WRAPPERS  # elsewhere a value counts steps, not successes
+        self.per_value = float(steps / self.horizon / task.reward_scale * self.per_return) if known else math.nan
         self.fitted = nn.ModuleList(copy.deepcopy(learner.critic) for _ in range(2))
         self.fitted_targets = copy.deepcopy(self.fitted).requires_grad_(False)
         trained = self.fitted.parameters()
         self.optimizer = torch.optim.Adam(trained, args.learning_rate, fused=True, capturable=args.cuda)
         self.graphs = {}  # of `promises`, by the noise
-        obs_dim = learner.actor.net[0].in_features
-        self.register_buffer("starts", torch.zeros(64, obs_dim))  # observations that begin episodes
-        # Saved, too, as above
-        self.most_hold = 0.0 if args.evaluator == "online" else args.hold
-        self.hold, self.least_hold = 1.0, 0.25  # shares of the most that the learner is held by [D8]
+        self.register_buffer("starts", torch.zeros(64, learner.actor.net[0].in_features))  # what episodes begin with
+        # Saved, too, as above, but for `segment`: a run is saved between episodes
+        self.hold, self.least_hold = 1.0, 0.25  # shares of --hold that the learner is held by [D8]
         self.recovering, self.resets = False, 0  # from a reset [D9]
         self.stable_segments = self.probe_steps = 0
         self.records, self.segment, self.values, self.history = [], [], [], []
         self.margins = [math.inf, math.inf]
-        self.estimates = [[0.0, 0.0], [math.inf, math.inf]]  # value and its standard error; inf: not known yet
+        self.value_gain = math.nan  # of the learner over the retained policy; nan: not known
 
-    def begin(self, agent: Agent, starts: list[np.ndarray], task: Task, score: float) -> None:
-        """The online phase begins: what was trained so far is retained."""
-        super().begin(task, score)
+    def begin(self, agent: Agent, starts: list[np.ndarray], score: float) -> None:
+        """The online phase begins: what was trained so far, of this score, is retained."""
+        self.score = float(score)
         self.retained.warm_start(agent)
         copy_weights(agent.critic, *self.fitted, *self.fitted_targets)
         self.starts.copy_(torch.from_numpy(np.stack(starts)))
-        self.horizon = 1 / (1 - self.args.gamma)  # effective
-        self.next_episode(self.retained)
-        self.scale = float(np.abs(task.data["reward"]).mean()) * self.horizon + 1e-6  # the unit of the limits
-        steps = len(task.data["reward"]) / task.episodes
-        known = task.domain not in WRAPPERS  # elsewhere a value counts steps, not successes
-        self.per_value = float(steps / self.horizon / task.reward_scale * self.per_return) if known else math.nan
 
     @property
     def active(self) -> int:
@@ -1003,9 +989,10 @@ class Evaluator(Retention):
         numbers = in_state(partial(self.promises, learner), obs, noise, self.starts.device, graphs)
         return numbers[:-4].reshape(2, -1), numbers[-4:].tolist()
 
-    def turn(self, gains: list[float], kind: str = "select") -> int:
+    def turn(self, gains: list[float], kind: str = "deployed") -> int:
         """Who acts, from what the Qs promise [D4]; a softmax of two is greedy with logistic noise."""
-        noise = np.random.logistic(scale=0.1) if kind == "sample" else 0.0
+        softmax = self.args.selection == "softmax" and kind == "select"
+        noise = np.random.logistic(scale=0.1) if softmax else 0.0
         selected = gains[self.active] > self.margins[self.active] + noise
         return {"probe": 1, "control": 0}.get(kind, int(selected))
 
@@ -1074,27 +1061,28 @@ class Evaluator(Retention):
         better, lost = by_score[0] > by_score[1], by_value[0] < 0 or by_score[0] < -by_score[1]
         self.set_margins(evidence, better)
 
-        # Let the learner go while it is stable, hold it while it is not [D8]
-        least = 0.0 if better else self.least_hold
-        self.hold = min(max(self.hold * (0.97 if self.stable else 1.1), least), 1.0)
-        learner.anchor.fill_(self.most_hold * self.hold)
-
         # Propose a learner whose values promise that it is better [D7]; a last time before its reset [D9]
-        self.estimates[1] = [math.inf, math.inf]  # of an older learner, or none
+        self.value_gain = math.nan
         if evidence.knows(evidence.measured):
             log |= self.evaluate_policies(learner, evidence)
+            self.value_gain = log["learner_value"] - log["retained_value"]
             promised = log["learner_lower"] - log["retained_value"]
             ready = (due and not self.parting) or (self.stable and self.segments >= self.next_proposal)
             shown = self.score_of(PROPOSED) - self.score_of(RETAINED) if len(self.returns[PROPOSED]) >= 3 else math.inf
-            outgrown = self.per_value * promised > shown  # the learner, the copy of it that is tried
+            outgrown = self.stable and self.per_value * promised > shown  # the learner, the copy of it that is tried
             if promised > 0 and not lost and (outgrown or (ready and not self.proving)):
                 self.prove(learner)
                 self.parting = due
         if due and not self.proving:
             self.reset_learner(learner, buffer, step)
             healthy = False
+
+        # Let the learner go while it is stable, hold it while it is not [D8]
+        least = 0.0 if better else self.least_hold
+        self.hold = min(max(self.hold * (0.97 if self.stable else 1.1), least), 1.0)
+        learner.anchor.fill_(0.0 if args.evaluator == "online" else args.hold * self.hold)
         if args.evaluator == "online":
-            self.margins[1] = 0.0  # the new Q has its way
+            self.margins[1] = 0.0  # the new Q has its way [D10]
         self.next_segment(healthy, over)
         log |= {"margin": float(np.clip(self.margins[self.active], -self.scale, self.scale)), "hold": self.hold}
         names = "stable", "recovering", "probe_steps", "proving", "replaced", "restored", "resets"
@@ -1117,7 +1105,7 @@ class Evaluator(Retention):
         fell = gain < -2 * error
         if self.stable and fell:  # held by more from now on [D8]
             self.least_hold = min(2 * max(self.hold, 0.25), 1.0)
-        elif self.stable and gain > -error:
+        elif self.stable and gain >= -error:
             self.least_hold = max(0.97 * self.least_hold, 0.25)
         self.stable = passed and not fell
         self.stable_segments += self.stable
@@ -1136,7 +1124,7 @@ class Evaluator(Retention):
             self.margins = [math.inf, math.inf]
 
     def evaluate_policies(self, learner: Explorer, evidence: Evidence) -> dict[str, float]:
-        """Set `estimates` of both policies' values at start states, from three sources [D7]; returns what to log."""
+        """Both policies' values at start states, from three sources each, and their standard errors [D7]."""
         log, base = {}, expect(self.fitted[0], self.retained, self.starts).mean()
         sides = ("retained", self.retained, evidence.controls), ("learner", learner, evidence.measured)
         for i, (policy_name, policy, rows) in enumerate(sides):
@@ -1144,19 +1132,17 @@ class Evaluator(Retention):
             for name, critic in {"critic": policy.target_critic, "fitted": self.fitted[i]}.items():
                 value, error = expect(critic, policy, self.starts).mean(1), evidence.mean(f"{name}_error", rows)
                 sources[name] = [value.mean(), value.std() + self.horizon * np.abs(error).sum()]
-            self.estimates[i] = list(combine(list(sources.values())))
+            log[f"{policy_name}_value"], log[f"{policy_name}_error"] = combine(list(sources.values()))
             for name, (value, error) in sources.items():
                 log |= {f"{policy_name}_{name}": value, f"{policy_name}_{name}_error": error}
-            log[f"{policy_name}_value"], log[f"{policy_name}_error"] = self.estimates[i]
         log["learner_lower"] = log["learner_value"] - self.args.bound_errors * log["learner_error"]
         return log
 
     def reset_learner(self, learner: Explorer, buffer: ReplayBuffer, step: int) -> None:
         """The learner's weights, and everything that was known of them [D9]."""
         reset(learner, buffer.sample(max(self.args.batch_size, 2), 0.5))
-        learner.anchor.fill_(self.most_hold)
         self.records, self.values = [row for row in self.records if row["role"] < SELECTED], []
-        self.margins, self.estimates[1] = [math.inf, math.inf], [math.inf, math.inf]
+        self.margins, self.value_gain = [math.inf, math.inf], math.nan
         self.hold, self.least_hold, self.returns[LATEST:] = 1.0, 0.25, [[], []]
         if self.alone == LATEST:  # nor is its episode the new weights'
             self.alone = NO_ONE
@@ -1168,7 +1154,7 @@ class Evaluator(Retention):
         draw = np.random.rand()
         control = self.margins[self.active] < math.inf and draw > 1 - self.args.control_share
         probe = healthy and (draw < self.args.probe_rate or (self.kind == "probe" and not over))
-        self.kind = "probe" if probe else "control" if control else self.selecting
+        self.kind = "probe" if probe else "control" if control else "select"
         if not over and self.alone == RETAINED:
             self.kind = "control"
         elif not over and self.alone == LATEST and not probe:
@@ -1180,7 +1166,7 @@ class Evaluator(Retention):
         if by == PROPOSED:
             for critics in (self.fitted, self.fitted_targets):
                 copy_weights(critics[1], critics[0])
-        self.margins, self.estimates[1], self.least_hold = [math.inf, math.inf], [math.inf, math.inf], 0.25
+        self.margins, self.value_gain, self.least_hold = [math.inf, math.inf], math.nan, 0.25
         for row in self.records:
             row["gain"] = math.nan
 
@@ -1189,7 +1175,7 @@ class Evaluator(Retention):
         else that of the retained policy and the gain in value over it."""
         if math.isfinite(self.score_gain(LATEST)[1]):
             return self.score_of(LATEST)
-        return float(self.score + self.per_value * (self.estimates[1][0] - self.estimates[0][0]))
+        return float(self.score + self.per_value * self.value_gain)
 
     def summary(self) -> dict:
         """For summary.json; rank correlation and bias are those of the learner's predicted scores."""
@@ -1199,10 +1185,8 @@ class Evaluator(Retention):
         known = len(predicted) > 2 and np.ptp(predicted) > 0 and np.ptp(true) > 0
         prediction = {"rank_correlation": float(spearmanr(predicted, true).statistic) if known else None}
         prediction["prediction_bias"] = float(np.mean(predicted - true)) if self.history else None
-        prediction["probe_steps"] = self.probe_steps
-        share = self.stable_segments / max(self.segments, 1)
-        counts = {"replaced": self.replaced, "restored": self.restored, "resets": self.resets}
-        return prediction | {"stable_share": share} | counts
+        prediction["stable_share"] = self.stable_segments / max(self.segments, 1)
+        return prediction | {name: getattr(self, name) for name in ("probe_steps", "replaced", "restored", "resets")}
 
     def get_extra_state(self) -> dict:  # part of state_dict
         types = bool | int | float | str | list
@@ -1431,7 +1415,7 @@ def train(args: Args) -> dict:
     with device:
         agent = Agent(task.data["obs"].shape[1], task.data["action"].shape[1], args)
         learner = Explorer(task.data["obs"].shape[1], task.data["action"].shape[1], args)
-        evaluator = Evaluator(learner, args)
+        evaluator = Evaluator(learner, task, args)
     identity = {"algorithm": agent.algorithm, "dataset_id": task.dataset_id}
     same = "hidden", "gamma", "dropout", "reward_scale", "reward_bias", "normalize_obs"  # dropout: not in cal_ql
     identity |= {name: vars(args).get(name) for name in same}
@@ -1475,9 +1459,8 @@ def train(args: Args) -> dict:
     update = CudaGraph(update) if args.cuda_graph else update
     if not progress["steps"]:
         run.log("online", 0, result | {"learner_score": result["normalized_score"]})
-        evaluator.begin(agent, [env.reset(seed=2_000_000 + i)[0] for i in range(64)], task, result["normalized_score"])
+        evaluator.begin(agent, [env.reset(seed=2_000_000 + i)[0] for i in range(64)], result["normalized_score"])
         learner.warm_start(agent)
-        learner.anchor.fill_(evaluator.most_hold)
     fit = partial(evaluator.fit, learner, buffer, max(args.segment_steps // 5, 1))
     fit = CudaGraph(fit) if args.cuda_graph else fit
     over, began, first = True, time.time(), progress["online_step"] + 1

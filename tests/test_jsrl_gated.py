@@ -162,6 +162,14 @@ def test_a_copy_that_does_not_show_it_is_dropped(returns, episodes):
     assert not gate.candidate and not gate.tested and mean_guide(gate) == 50 and gate.level == 1
 
 
+def test_with_a_dropped_copy_goes_the_bound_that_it_was_made_for():
+    gate = make_gate(promote=True)
+    play(gate, [60] * 6 + [70] * 5)
+    assert gate.candidate and max(bound for _, bound in gate.confirmed) > 12
+    play(gate, [60] * 3, guide=[50])  # by 10 better than the guide, as before its best moment
+    assert not gate.candidate and mean_guide(gate) == 50 and gate.level == 1
+
+
 def test_a_copy_is_made_of_what_the_latest_four_have_gained():
     gate = make_gate(promote=True)
     play(gate, [50] * 12)
@@ -339,7 +347,6 @@ def test_gains_are_points_of_normalised_score():
 def test_bounds():
     estimate, lower, upper = jsrl.bounds([3.0, 5.0], [0.0, 2.0], 0.9)  # both variances 2, two degrees of freedom
     assert (estimate, upper - estimate, estimate - lower) == pytest.approx((3, 1.885618 * math.sqrt(2), upper - 3))
-    assert jsrl.bounds([3.0], [0.0, 2.0], 0.9) == (0, -math.inf, math.inf)
     for sample, guide, variance in (([3.0, 3.0], [0.0, 2.0], 1), ([0.0, 2.0], [3.0, 3.0], 2)):  # pooled 1, own 0 and 2
         estimate, lower, upper = jsrl.bounds(sample, guide, 0.9)
         assert [upper - estimate, estimate - lower] == pytest.approx([1.885618 * math.sqrt(variance)] * 2)
@@ -400,6 +407,28 @@ def test_an_episode_that_ends_before_the_switch_is_no_result():
     assert len(gate.results) == before + 1
 
 
+def test_within_a_trial_guide_and_explorer_are_looked_at_from_one_switch_on():
+    gate, end = make_gate(), lambda level, n: gate.end(0, level, [0.0] * n, [50 / n] * n)
+    for n in (50, 100, 150):
+        end(0.0, n)
+    gate.trial, switch = 0.2, gate.switch_step(0.2)
+    for level, n in ((0.2, 90), (0.0, 300), (0.2, 90)):
+        end(level, n)
+    assert switch == 80 and [t for _, _, t in gate.results] == [80, 80]
+    assert len(gate.samples()["returns"][1]) == 3, "of the guide those longer than 80 steps, not than 100"
+    gate.results = []
+    end(0.0, 300)
+    assert gate.length == 150, "the median of all five, for the next trial"
+
+
+def test_segments_all_over_the_episode_are_a_result_where_the_explorer_had_one():
+    gate = make_gate(switch="random")
+    gate.end(0, 0.0, [0.0] * 1_000, [0.05] * 1_000)
+    for offset, results in ((0.5, 0), (0.1, 1)):  # of 50 steps each, the first of which is the guide's, the explorer's
+        gate.end(0, 0.2, [0.0] * 40, [1.0] * 40, offset)
+        assert len(gate.results) == results
+
+
 def test_copies_are_of_explorers_at_level_1_after_an_episode_no_worse_than_their_mean():
     gate = make_gate(promote=True)
     play(gate, [60])
@@ -425,6 +454,11 @@ def test_gate_kinds():
     gate = make_gate(gate="curriculum")
     levels = [level for level, _, _ in play(gate, [52] * 10 + [30] * 15)]
     assert levels == [0] * 5 + [0.1] * 5 + [0.2] * 5 + [0.3] * 15  # stays where it gets worse, and never closes
+    gate = make_gate(gate="curriculum")
+    play(gate, [52])
+    gate.results = [[[0.0] * 10, [total / 10] * 10, 9] for total in [56] * 6 + [46] * 3]
+    log = gate.end(1_000, 0.1, [0.0] * 10, [4.6] * 10)
+    assert log["gate/estimate"] == pytest.approx(52) and gate.level == 0.2, "the mean counts, not the latest four"
     gate = make_gate(gate="curriculum")
     play(gate, [52] * 60)
     assert gate.level == gate.trial == 1

@@ -2,12 +2,13 @@
 # Tasks x scripts x seeds, side by side on this machine or as SLURM job arrays; then: python report.py RUN_DIR
 #
 #   ./benchmark.sh                      preset quick: 50k + 25k steps into runs/quick, 35 core-hours: a night on 4 cores
-#   ./benchmark.sh --preset readme      the runs of the README's main table, three seeds of each, 30 core-hours (on one
-#                                       of today's cores, an estimate; on a first-generation EPYC twice as many)
+#   ./benchmark.sh --preset readme      the runs of the README's main table and two variants of sft_reset, three seeds of
+#                                       each, 30 core-hours (on a Xeon with AMX; on a first-generation EPYC twice as many)
 #   ./benchmark.sh --preset full        1M + 1M steps, 5 seeds, D4RL's task families, all variants but cal_ql:fast (a cluster's)
 #   ./benchmark.sh --tasks "hopper-medium" --scripts "jsrl_gated jsrl_gated:open" --seeds "1 2" --online-steps 20000
 #   ./benchmark.sh --dry-run            print what is left to run, one command a line
-#   ./benchmark.sh --slurm --workers 8  the same as job arrays, at most 8 at a time; --sbatch "--gres=gpu:1 --time=8:00:00"
+#   ./benchmark.sh --slurm --workers 8  the same as job arrays, at most 8 at a time, with --sbatch in the place of
+#                                       "--gres=gpu:1 --cpus-per-task=2"
 #   ./benchmark.sh speed [--json]       updates/s and steps/s of each script; speed --help lists its options
 #
 # Options: --preset quick|readme|full --tasks --scripts --seeds --offline-steps --online-steps --workers --run-dir --dry-run
@@ -16,7 +17,8 @@
 # cal_ql trains its own. Runs that are complete (summary.json) are skipped, others continued with --resume: stop this at
 # any time and start it again. Ctrl-C, SIGTERM and SLURM's warning save; what is killed outright goes on from its latest
 # checkpoint (--save-every). Paths count from this script's folder; .hdf5 files need a benchmark of their own, as all
-# its runs get -- --eval-env. Logs: RUN_DIR/logs. Exit code 0: all complete, 1: some failed, 2: bad usage.
+# its runs get -- --eval-env. Logs: RUN_DIR/logs. Exit code 0: all complete, or submitted, 1: some failed, 2: bad usage
+# or refused by sbatch, 130: stopped.
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -107,7 +109,8 @@ run_one() { # LINE: run it to its end under its lock, so that no two processes e
   local name=${1%%$'\t'*} command=${1#*$'\t'} asked="" warned="" status=0 pid needed
   if [[ -n ${BENCHMARK_PID:-} && $command == *" --offline-checkpoint "* ]]; then # SLURM's arrays wait by themselves
     needed=${name%__*__*}__offline__${name##*__}
-    until [[ -e $RUN_DIR/$needed/summary.json || -e $RUN_DIR/logs/$needed.command ]]; do # it has begun ...
+    # It has begun: its .command is no older than the list ...
+    until [[ -e $RUN_DIR/$needed/summary.json || ! $RUN_DIR/logs/$needed.command -ot $RUN_DIR/logs/runs.tsv ]]; do
       kill -0 "$BENCHMARK_PID" 2>/dev/null || return 0
       sleep 1
     done
@@ -125,7 +128,7 @@ run_one() { # LINE: run it to its end under its lock, so that no two processes e
   pid=$!
   while wait "$pid" || status=$?; kill -0 "$pid" 2>/dev/null; do status=0; done # a signal ends a wait ...
   [[ -z $asked ]] || status=0                                                   # ... with a status of its own
-  if [[ -n $warned && ! -e $RUN_DIR/$name/summary.json ]]; then scontrol requeue "$SLURM_JOB_ID"; fi
+  if [[ -n $warned && ! -e $RUN_DIR/$name/summary.json ]]; then scontrol requeue "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"; fi
   return "$status"
 }
 
@@ -149,13 +152,13 @@ run_and_tell() { # LINE: run_one with a line of progress
 run_here() { # what is left, WORKERS at a time, begun in the order of the list: first the offline phases that others wait for
   set -m # a process group of its own, so that stopping it takes the workers along
   # shellcheck disable=SC2016
-  xargs -r -d '\n' -n 1 -P "$WORKERS" bash -c 'run_and_tell "$1"' _ < <(left "$RUN_DIR/logs/runs.tsv") 8>&- &
+  xargs -r -d '\n' -n 1 -P "$WORKERS" bash -c 'run_and_tell "$1"' _ < <(exec 8>&-; left "$RUN_DIR/logs/runs.tsv") 8>&- &
   group=$!
   set +m
   trap 'kill -TERM -- -$group; echo "stopping: each run saves at the end of its episode; start again to continue"; exit 130' \
-    INT TERM
+    HUP INT TERM
   wait $group || true # a failed run is told at the end
-  trap - INT TERM
+  trap - HUP INT TERM
 }
 
 submit() { # LIST ID: what is left of it as job arrays, each of at most SLURM's MaxArraySize, that start one after another,
@@ -223,7 +226,7 @@ done
 mapfile -t offline < <(offline_runs)
 mapfile -t online < <(online_runs)
 runs=("${offline[@]}" "${online[@]}")
-twice=$(each "${runs[@]}" | cut -f 1 | sort | uniq -d | head -n 1)
+twice=$(each "${runs[@]}" | cut -f 1 | sort | uniq -d | sed -n 1p)
 [[ -z $twice ]] || fail "two runs would share the folder $twice; give each task, script and seed once"
 while IFS=$'\t' read -r name command; do
   [[ -e $RUN_DIR/$name/summary.json ]] || continue
@@ -268,8 +271,6 @@ COMPLETE=$((TOTAL - $(left "$RUN_DIR/logs/runs.tsv" | wc -l)))
 export RUN_DIR TOTAL COMPLETE BEGAN BENCHMARK_PID
 export -f run_and_tell run_one left
 echo "$TOTAL runs, $COMPLETE complete, $WORKERS at a time; logs in $RUN_DIR/logs"
-# That a run has begun is told by its .command, which one that was stopped has left behind.
-while IFS=$'\t' read -r name command; do rm -f "$RUN_DIR/logs/$name.command"; done < <(left "$RUN_DIR/logs/runs.tsv")
 run_here
 
 end_if_complete
@@ -277,6 +278,6 @@ failed=$(left "$RUN_DIR/logs/runs.tsv")
 echo "$(wc -l <<<"$failed") of $TOTAL runs not complete:"
 while IFS=$'\t' read -r name command; do
   [[ -e $RUN_DIR/logs/$name.log ]] || { echo "  $name: not started"; continue; }
-  echo "  $RUN_DIR/logs/$name.log: $(tail -c 2000 "$RUN_DIR/logs/$name.log" | tr '\r' '\n' | grep -av '^$' | tail -n 1)"
+  echo "  $RUN_DIR/logs/$name.log: $(tail -c 2000 "$RUN_DIR/logs/$name.log" | tr '\r' '\n' | grep -av '^$\|it/s\|s/it' | tail -n 1)"
 done <<<"$failed"
 exit 1

@@ -7,12 +7,13 @@ last function, is the run from top to bottom. Tasks, data, buffer, evaluation an
 four scripts of CleanO2O. Metrics, results and the sources of the hyper-parameters: README.md. Departures from the
 authors' code:
 [D1] The transition that a time-out ends is learned from, if its next observation is known; the authors leave it out of
-     the dataset. Returns end with the episode, on locomotion at its time limit too. In D4RL's kitchen a demonstration's
-     end is a terminal; in Minari's it is none, and its return goes on as the authors' online returns do.
-[D2] Locomotion and pointmaze have no published setting: both are ours. Adroit is D4RL's, of dense rewards, with CORL's
-     setting, whose scores stay at the floor there, but calibrated online too, updated after whole episodes, without its
-     clip of the gap at -200 and with the authors' initial output layers; the paper's has binary rewards. Kitchen has
-     256 hidden units, the authors' 512, and 500,000 and 1.5M steps; its environment: [D9] of iql_finetune.py.
+     the dataset. In D4RL's kitchen a demonstration's end is a terminal; in Minari's it is none, and its return goes on
+     as the authors' online returns do.
+[D2] For locomotion and pointmaze the authors give no setting: both are ours. Adroit is D4RL's, of dense rewards, with
+     CORL's setting, whose scores stay at the floor there, but calibrated online too, updated after whole episodes,
+     without its clip of the gap at -200 and with the authors' initial output layers; the paper's has binary rewards.
+     Kitchen has 256 hidden units and 1M + 1M steps; the authors' 512, and 500,000 + 1.5M. Its environment pays solved
+     subtasks in every step, and goes on after the last.
 [D3] An online episode that the end of the run cuts short is not learned from; the authors run past that end.
 [D4] Not by default: `--gap-every 4` takes the gap over every fourth state of a batch, as its 30 actions a state are
      most of the arithmetic. Its expectation is the same, if a batch's share of either kind of data divides by 4, and an
@@ -96,7 +97,7 @@ class Args:
     # None below: the value of the task's domain.
     critic_layers: int | None = None  # hidden ones
     actor_layers: int | None = None  # hidden ones
-    conservative_weight: float | None = None  # alpha in Eq. 5.1, offline and online
+    conservative_weight: float | None = None  # of the gap beside the squared Bellman error, offline and online
     lagrange: bool | None = None  # learn a multiplier of that weight which holds the mean gap at target_gap
     max_target_backup: bool | None = None  # back up the best of n_actions, not just one
     importance_sampling: bool | None = None  # of the log-sum-exp; without it the data's action is in the sum instead
@@ -105,10 +106,11 @@ class Args:
     reward_bias: float | None = None  # added to the scaled reward
     normalize_obs: bool | None = None  # by mean and standard deviation of the dataset
     optimistic: bool | None = None  # values start at the largest return-to-go of the dataset, not at 0
-    # Antmaze, kitchen: the authors'. Adroit: CORL's. All but antmaze [D2]. Ours: pointmaze, antmaze's, whose growing
-    # multiplier cost it a third of its success; locomotion, CQL's without Lagrange multiplier, but calibrated, without
-    # its third hidden layer, its initial behaviour cloning and its start of values at 0: above antmaze's returns, far
-    # below these, to which they rise for 15,000 updates, in which calibration leaves a policy free of conservatism.
+    # Antmaze, kitchen: the authors'. Adroit: CORL's. All but antmaze [D2]. Ours: pointmaze, antmaze's without Lagrange
+    # multiplier, whose growth cost it a quarter of its success (one seed); locomotion, CQL's without Lagrange
+    # multiplier, but calibrated, without its third hidden layer, its initial behaviour cloning and its start of values
+    # at 0. That is above antmaze's returns, but far below locomotion's: values then rise for 15,000 updates, and as
+    # calibration pushes none below the return down, nothing holds the policy to the data meanwhile.
     domain_values: ClassVar[dict[str, dict]] = {
         "locomotion": {"max_target_backup": False, "optimistic": True},
         "antmaze": {"critic_layers": 4, "lagrange": True, "reward_scale": 10.0, "reward_bias": -5.0},
@@ -158,8 +160,8 @@ class EndAtGoal(gym.Wrapper):
 
 
 class CountSubtasks(gym.Wrapper):
-    """The return is the number of subtasks solved in the episode, as in D4RL's kitchen. Its dataset and Minari's, data
-    and environment, reward in every step all that are solved at that time: these rewards are learned from."""
+    """The return is the number of subtasks solved in the episode, as in D4RL's kitchen. Learned from are the rewards of
+    D4RL's dataset, Minari's dataset and its environment: in every step one for each subtask that is solved then."""
 
     def step(self, action):
         before = len(self.unwrapped.episode_task_completions)
@@ -181,7 +183,7 @@ class EndAtDrop(gym.Wrapper):
         return obs, reward, terminated or bool(dropped(obs)), truncated, info
 
 
-WRAPPERS = dict.fromkeys(GOAL_DOMAINS, EndAtGoal) | {"kitchen": CountSubtasks}  # whose return is not a sum of rewards
+WRAPPERS = dict.fromkeys(GOAL_DOMAINS, EndAtGoal) | {"kitchen": CountSubtasks}  # domains whose return sums no rewards
 
 
 @dataclass
@@ -193,7 +195,7 @@ class Task:
     domain: str
     ref_min: float
     ref_max: float
-    return_range: float  # between the worst and the best episode: of the dataset; of all there can be in WRAPPERS
+    return_range: float  # between the worst and the best episode of the dataset; of domains in WRAPPERS, that can be
     reward_scale: float
     reward_bias: float
     obs_mean: np.ndarray
@@ -250,10 +252,11 @@ def read_hdf5(path: Path, max_episode_steps: int) -> dict[str, np.ndarray]:
 
 def read_minari(dataset: minari.MinariDataset) -> dict[str, np.ndarray]:
     """A Minari dataset: its episodes have one observation more than steps, so every next observation is known. Those of
-    pointmaze are cut from one run, where the goal is reached, and begin with the goal of the one before."""
+    pointmaze are cut from one run, where the goal is reached, and begin with the goal of the one before: the next one's
+    takes its place, in antmaze, too, where it is the same."""
     keys, rows = ("obs", "action", "next_obs", "reward", "terminated", "truncated"), []
     for episode in dataset.iterate_episodes():
-        goal = episode.observations["desired_goal"] if isinstance(episode.observations, dict) else None
+        goal = episode.observations.get("desired_goal") if isinstance(episode.observations, dict) else None
         if isinstance(goal, np.ndarray):
             goal[0] = goal[1]
         obs, terminated = flatten_obs(episode.observations), episode.terminations
@@ -291,11 +294,16 @@ def download(dataset_id: str, path: Path) -> None:
         downloader = pooch.HTTPDownloader(progressbar=True, timeout=10)
         pooch.retrieve(HDF5_URL + path.name, None, path.name, path.parent, downloader=downloader)
         return
-    urllib.request.urlopen("https://huggingface.co", timeout=10).close()  # minari would retry for half a minute
+    server = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    urllib.request.urlopen(server, timeout=10).close()  # minari would retry for half a minute
     with tempfile.TemporaryDirectory(prefix=".download-", dir=minari.storage.get_dataset_path()) as part:
         with patch.dict(os.environ, MINARI_DATASETS_PATH=part):
             minari.download_dataset(dataset_id)
-        os.renames(Path(part, dataset_id), path)  # and makes the folders on the way to it
+        try:
+            os.renames(Path(part, dataset_id), path)  # and makes the folders on the way to it
+        except OSError:
+            if not (path / "data").exists():  # otherwise another process was faster
+                raise
 
 
 def find_dataset(args: Args) -> tuple[str, Path, str]:
@@ -316,7 +324,7 @@ def find_dataset(args: Args) -> tuple[str, Path, str]:
         fail(f"unknown task {args.env_id}; nearest: {near}; or a full Minari id, or the path of a .hdf5 file")
     if path.is_absolute() or ".." in path.parts:
         fail(f"{path} is no Minari id, and of files only .hdf5 ones are given by their path")
-    dataset_id = TASKS.get(name, args.env_id)
+    dataset_id = TASKS.get(name, str(path))
     env, kind = dataset_id.split("/")[-2:] if "/" in args.env_id else name.split("-", 1)
     folder = Path(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")).expanduser()
     file = f"{env}_{kind.replace('-', '_')}-v2.hdf5"  # as D4RL names it: hopper_medium_replay-v2.hdf5
@@ -420,7 +428,7 @@ def load_task(args: Args) -> Task:
     data["return_to_go"] = np.hstack([returns_to_go(r.tolist(), *how, task, args.gamma) for r, *how in episodes])
     data["action"] = np.clip(2 * (data["action"] - box.low) / (box.high - box.low) - 1, -1 + 1e-5, 1 - 1e-5)
     data["obs"], data["next_obs"] = task.transform_obs(data["obs"]), task.transform_obs(data["next_obs"])
-    known = data.pop("known", slice(None))
+    known = data.pop("known", True) | data["terminated"]  # after a terminal one nothing comes
     task.data = {key: value[known].astype(np.float32) for key, value in data.items()}
     return task
 
@@ -570,14 +578,14 @@ class Agent(nn.Module):
         self.algorithm = f"cal_ql-{args.critic_layers}-{args.actor_layers}"  # runs with the same one share offline.pt
         self.actor = TanhGaussianActor(obs_dim, action_dim, args.hidden, args.actor_layers)
         self.critic = StackedCritic(obs_dim, action_dim, args.hidden, args.critic_layers)
-        self.log_alpha = nn.Parameter(torch.zeros(()))  # temperature
-        self.log_alpha_prime = nn.Parameter(torch.ones(()))  # Lagrange multiplier of the gap
+        self.log_alpha = nn.Parameter(torch.zeros(()))  # of the temperature
+        self.log_alpha_prime = nn.Parameter(torch.ones(()))  # of the gap's Lagrange multiplier
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.sources, self.targets = list(self.critic.parameters()), list(self.target_critic.parameters())
         self.graphs = {}  # of `policy`, by its noise
         slow = {"params": [*self.actor.parameters(), self.log_alpha], "lr": args.actor_learning_rate}
         fast = {"params": [*self.sources, self.log_alpha_prime], "lr": args.critic_learning_rate}
-        self.optimizer = torch.optim.Adam([slow, fast], fused=True, capturable=self.log_alpha.is_cuda)
+        self.optimizer = torch.optim.Adam([slow, fast], fused=True, capturable=args.cuda)
 
     def draw_noise(self, like: Tensor) -> dict[str, Tensor]:
         """What the sampled actions are made of, for a batch of n states and k = n_actions, of shape (n, k, action_dim):
@@ -593,7 +601,7 @@ class Agent(nn.Module):
     def loss(self, batch: dict[str, Tensor], noise: dict[str, Tensor]) -> dict[str, Tensor]:
         """Scalars. Every loss reads all networks as they are before the update, as the authors' do; critic_loss is the
         sum of both critics'. Detached, to be logged: both mean gaps, the temperature, the policy's entropy, the mean Q
-        of the data's actions and the share of the policy's that the returns bound."""
+        of the data's actions and the share of the policy's whose Q is below the return."""
         args, obs, next_obs, k = self.args, batch["obs"], batch["next_obs"], self.args.n_actions
         some = slice(None, None, args.gap_every)  # the gap's states; not the first, which are a batch's online ones
         mean, log_std = self.actor(obs)  # once a state, however many actions are drawn there
@@ -601,7 +609,6 @@ class Agent(nn.Module):
             next_mean, next_log_std = self.actor(next_obs)
             policy_action, policy_log_prob = squash(mean[some], log_std[some], noise["policy"][some])
             next_action, next_log_prob = squash(next_mean[some], next_log_std[some], noise["next_policy"][some])
-            uniform_log_prob = torch.full_like(policy_log_prob, -self.action_dim * math.log(2))
 
             # Backup: the smaller Q of an action of pi(s'), or of the best of k of them; no entropy in it (CQL App. F)
             backup_action, _ = squash(next_mean, next_log_std, noise["backup"])
@@ -622,13 +629,14 @@ class Agent(nn.Module):
         if args.calibrate:
             policy_q = torch.maximum(policy_q, return_to_go)
         if args.importance_sampling:
-            log_density = torch.cat([uniform_log_prob, policy_log_prob, next_log_prob], 1)
-            soft_q = (torch.cat([random_q, policy_q], -1) - log_density).logsumexp(-1)
+            policy_q = policy_q - torch.cat([policy_log_prob, next_log_prob], 1)
+            terms = [random_q + self.action_dim * math.log(2), policy_q]  # a uniform action's density is 2^-action_dim
         else:
-            soft_q = torch.cat([data_q[:, some].unsqueeze(-1), random_q, policy_q], -1).logsumexp(-1)
-        gap = (soft_q - data_q[:, some]).clamp(min=args.gap_min).mean(1)
+            terms = [data_q[:, some].unsqueeze(-1), random_q, policy_q]
+        gap = (torch.cat(terms, -1).logsumexp(-1) - data_q[:, some]).clamp(min=args.gap_min).mean(1)
 
-        # Critics: both terms, each its own. Their multiplier grows while the mean gap is above its target (CQL App. F)
+        # Critics: Bellman error and weighted gap of each. With `lagrange` one multiplier of both gaps grows while their
+        # mean is above its target (CQL App. F)
         if args.lagrange:
             alpha_prime = self.log_alpha_prime.exp().clamp(max=1e6)
             penalty = args.conservative_weight * (gap - args.target_gap)
@@ -646,7 +654,7 @@ class Agent(nn.Module):
         losses = {"critic_loss": critic_loss, "actor_loss": actor_loss, "alpha_loss": alpha_loss}
         losses |= {"alpha_prime_loss": alpha_prime_loss}
         seen = {"cql_gap_0": gap[0], "cql_gap_1": gap[1], "alpha": self.log_alpha.exp(), "entropy": -log_prob.mean()}
-        seen |= {"data_q": data_q.mean(), "bound_rate": bound_rate}
+        seen |= {"alpha_prime": self.log_alpha_prime.exp(), "data_q": data_q.mean(), "bound_rate": bound_rate}
         return losses | {name: value.detach() for name, value in seen.items()}
 
     @torch.no_grad()
@@ -732,7 +740,7 @@ def load_file(path: Path, **expected) -> dict:
     try:
         content = dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # torch, zip and pickle raise whatever the damage leads to
-        fail(f"cannot read {path} ({error!r:.100}); give another, or delete it to start anew")
+        fail(f"cannot read {path} ({error!r:.100}); give another, or start anew without it")
     for key, value in expected.items():
         if content.get(key) != value:
             fail(f"{path} is of another run: {key} is {content.get(key)}, here {value}; start with the same, or anew")
@@ -786,8 +794,9 @@ class Run:
         args, progress, self.parts, checkpoint = self.args, self.progress, parts, self.dir / "checkpoint.pt"
         settings = {name: value for name, value in vars(args).items() if name != "resume"}
         settings |= {"dataset_id": task.dataset_id, "script": Path(__file__).stem}
-        # What a checkpoint must agree with; with --, no name of a part
-        self.settings = {f"--{name}": value for name, value in settings.items() if name != "save_every"}
+        # What a checkpoint must agree with, all that can change a number; with --, no name of a part
+        free = ["save_every", "run_dir", "dataset", "track", "wandb_project_name", "wandb_entity", "capture_video"]
+        self.settings = {f"--{name}": value for name, value in settings.items() if name not in free}
         if checkpoint.exists():
             saved = load_file(checkpoint, **self.settings)
             progress.update(saved["progress"])
@@ -818,7 +827,7 @@ class Run:
             except Exception as error:  # whatever it and the network raise
                 fail(f"--track: {error}; run wandb login, or set WANDB_MODE=offline")
         try:
-            self.dir.mkdir(parents=True, exist_ok=True)
+            self.dir.mkdir(parents=True, exist_ok=args.resume)  # the same command, twice at once, ends here
         except OSError as error:
             fail(f"{self.dir} cannot be made ({error.strerror}); give another --run-dir")
         save_file(self.dir / "args.json", settings)
@@ -855,7 +864,7 @@ class Run:
         self.progress["seconds"], self.saved_at = time.time() - self.began, self.progress["online_step"]
         kind, keys, *rest = np.random.get_state()
         rng = [random.getstate(), (kind, keys.tolist(), *rest), torch.get_rng_state()]
-        rng.append(torch.cuda.get_rng_state_all()[:1])  # of the GPU used; another machine may have fewer
+        rng.append([torch.cuda.get_rng_state()] if self.args.cuda else [])  # of the GPU used; a machine may have more
         parts = {name: part.state_dict() for name, part in self.parts.items()}
         save_file(self.dir / "checkpoint.pt", self.settings | parts | {"progress": self.progress, "rng": rng})
         if self.stop:
@@ -916,10 +925,11 @@ def train(args: Args) -> dict:
     # ---- offline ----
     if args.compile:
         agent.loss = torch.compile(agent.loss)
-    chunk = math.gcd(50, args.offline_steps, args.eval_every, args.save_every)  # updates per call, or per graph replay
+    done, every = progress["offline_step"], (args.eval_every, args.save_every)
+    chunk = math.gcd(50, args.offline_steps, *every, done)  # updates per call, or per graph replay
     update = partial(run_updates, agent, buffer, chunk)
     update = CudaGraph(update) if args.cuda_graph else update
-    bar = tqdm(range(progress["offline_step"] + chunk, args.offline_steps + 1, chunk), "offline", unit_scale=chunk)
+    bar = tqdm(range(done + chunk, args.offline_steps + 1, chunk), "offline", unit_scale=chunk)
     for step in bar:
         losses = update()
         run.check("offline", step, losses)
@@ -971,7 +981,7 @@ def train(args: Args) -> dict:
         if over and (run.stop or step - run.saved_at >= args.save_every):
             run.save()
     if task.domain in ("locomotion", "pointmaze"):
-        print(f"score of OUR setting for {task.domain}: none has been published for Cal-QL [D2]")
+        print(f"score of OUR setting for {task.domain}: Cal-QL's authors give none [D2]")
 
     # ---- finish ----
     save_file(run.dir / "online.pt", identity | {"phase": "online", "agent": agent.state_dict()})

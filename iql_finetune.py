@@ -146,8 +146,8 @@ class EndAtGoal(gym.Wrapper):
 
 
 class CountSubtasks(gym.Wrapper):
-    """The return is the number of subtasks solved in the episode, as in D4RL's kitchen. Its dataset and Minari's, data
-    and environment, reward in every step all that are solved at that time: these rewards are learned from."""
+    """The return is the number of subtasks solved in the episode, as in D4RL's kitchen. Learned from are the rewards of
+    D4RL's dataset, Minari's dataset and its environment: in every step one for each subtask that is solved then."""
 
     def step(self, action):
         before = len(self.unwrapped.episode_task_completions)
@@ -169,7 +169,7 @@ class EndAtDrop(gym.Wrapper):
         return obs, reward, terminated or bool(dropped(obs)), truncated, info
 
 
-WRAPPERS = dict.fromkeys(GOAL_DOMAINS, EndAtGoal) | {"kitchen": CountSubtasks}  # whose return is not a sum of rewards
+WRAPPERS = dict.fromkeys(GOAL_DOMAINS, EndAtGoal) | {"kitchen": CountSubtasks}  # domains whose return sums no rewards
 
 
 @dataclass
@@ -181,7 +181,7 @@ class Task:
     domain: str
     ref_min: float
     ref_max: float
-    return_range: float  # between the worst and the best episode: of the dataset; of all there can be in WRAPPERS
+    return_range: float  # between the worst and the best episode of the dataset; of domains in WRAPPERS, that can be
     reward_scale: float
     reward_bias: float
     obs_mean: np.ndarray
@@ -238,10 +238,11 @@ def read_hdf5(path: Path, max_episode_steps: int) -> dict[str, np.ndarray]:
 
 def read_minari(dataset: minari.MinariDataset) -> dict[str, np.ndarray]:
     """A Minari dataset: its episodes have one observation more than steps, so every next observation is known. Those of
-    pointmaze are cut from one run, where the goal is reached, and begin with the goal of the one before."""
+    pointmaze are cut from one run, where the goal is reached, and begin with the goal of the one before: the next one's
+    takes its place, in antmaze, too, where it is the same."""
     keys, rows = ("obs", "action", "next_obs", "reward", "terminated", "truncated"), []
     for episode in dataset.iterate_episodes():
-        goal = episode.observations["desired_goal"] if isinstance(episode.observations, dict) else None
+        goal = episode.observations.get("desired_goal") if isinstance(episode.observations, dict) else None
         if isinstance(goal, np.ndarray):
             goal[0] = goal[1]
         obs, terminated = flatten_obs(episode.observations), episode.terminations
@@ -279,11 +280,16 @@ def download(dataset_id: str, path: Path) -> None:
         downloader = pooch.HTTPDownloader(progressbar=True, timeout=10)
         pooch.retrieve(HDF5_URL + path.name, None, path.name, path.parent, downloader=downloader)
         return
-    urllib.request.urlopen("https://huggingface.co", timeout=10).close()  # minari would retry for half a minute
+    server = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    urllib.request.urlopen(server, timeout=10).close()  # minari would retry for half a minute
     with tempfile.TemporaryDirectory(prefix=".download-", dir=minari.storage.get_dataset_path()) as part:
         with patch.dict(os.environ, MINARI_DATASETS_PATH=part):
             minari.download_dataset(dataset_id)
-        os.renames(Path(part, dataset_id), path)  # and makes the folders on the way to it
+        try:
+            os.renames(Path(part, dataset_id), path)  # and makes the folders on the way to it
+        except OSError:
+            if not (path / "data").exists():  # otherwise another process was faster
+                raise
 
 
 def find_dataset(args: Args) -> tuple[str, Path, str]:
@@ -304,7 +310,7 @@ def find_dataset(args: Args) -> tuple[str, Path, str]:
         fail(f"unknown task {args.env_id}; nearest: {near}; or a full Minari id, or the path of a .hdf5 file")
     if path.is_absolute() or ".." in path.parts:
         fail(f"{path} is no Minari id, and of files only .hdf5 ones are given by their path")
-    dataset_id = TASKS.get(name, args.env_id)
+    dataset_id = TASKS.get(name, str(path))
     env, kind = dataset_id.split("/")[-2:] if "/" in args.env_id else name.split("-", 1)
     folder = Path(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")).expanduser()
     file = f"{env}_{kind.replace('-', '_')}-v2.hdf5"  # as D4RL names it: hopper_medium_replay-v2.hdf5
@@ -408,7 +414,7 @@ def load_task(args: Args) -> Task:
     data["return_to_go"] = np.hstack([returns_to_go(r.tolist(), *how, task, args.gamma) for r, *how in episodes])
     data["action"] = np.clip(2 * (data["action"] - box.low) / (box.high - box.low) - 1, -1 + 1e-5, 1 - 1e-5)
     data["obs"], data["next_obs"] = task.transform_obs(data["obs"]), task.transform_obs(data["next_obs"])
-    known = data.pop("known", slice(None))
+    known = data.pop("known", True) | data["terminated"]  # after a terminal one nothing comes
     task.data = {key: value[known].astype(np.float32) for key, value in data.items()}
     return task
 
@@ -642,7 +648,7 @@ def load_file(path: Path, **expected) -> dict:
     try:
         content = dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # torch, zip and pickle raise whatever the damage leads to
-        fail(f"cannot read {path} ({error!r:.100}); give another, or delete it to start anew")
+        fail(f"cannot read {path} ({error!r:.100}); give another, or start anew without it")
     for key, value in expected.items():
         if content.get(key) != value:
             fail(f"{path} is of another run: {key} is {content.get(key)}, here {value}; start with the same, or anew")
@@ -696,8 +702,9 @@ class Run:
         args, progress, self.parts, checkpoint = self.args, self.progress, parts, self.dir / "checkpoint.pt"
         settings = {name: value for name, value in vars(args).items() if name != "resume"}
         settings |= {"dataset_id": task.dataset_id, "script": Path(__file__).stem}
-        # What a checkpoint must agree with; with --, no name of a part
-        self.settings = {f"--{name}": value for name, value in settings.items() if name != "save_every"}
+        # What a checkpoint must agree with, all that can change a number; with --, no name of a part
+        free = ["save_every", "run_dir", "dataset", "track", "wandb_project_name", "wandb_entity", "capture_video"]
+        self.settings = {f"--{name}": value for name, value in settings.items() if name not in free}
         if checkpoint.exists():
             saved = load_file(checkpoint, **self.settings)
             progress.update(saved["progress"])
@@ -728,7 +735,7 @@ class Run:
             except Exception as error:  # whatever it and the network raise
                 fail(f"--track: {error}; run wandb login, or set WANDB_MODE=offline")
         try:
-            self.dir.mkdir(parents=True, exist_ok=True)
+            self.dir.mkdir(parents=True, exist_ok=args.resume)  # the same command, twice at once, ends here
         except OSError as error:
             fail(f"{self.dir} cannot be made ({error.strerror}); give another --run-dir")
         save_file(self.dir / "args.json", settings)
@@ -765,7 +772,7 @@ class Run:
         self.progress["seconds"], self.saved_at = time.time() - self.began, self.progress["online_step"]
         kind, keys, *rest = np.random.get_state()
         rng = [random.getstate(), (kind, keys.tolist(), *rest), torch.get_rng_state()]
-        rng.append(torch.cuda.get_rng_state_all()[:1])  # of the GPU used; another machine may have fewer
+        rng.append([torch.cuda.get_rng_state()] if self.args.cuda else [])  # of the GPU used; a machine may have more
         parts = {name: part.state_dict() for name, part in self.parts.items()}
         save_file(self.dir / "checkpoint.pt", self.settings | parts | {"progress": self.progress, "rng": rng})
         if self.stop:
@@ -824,10 +831,11 @@ def train(args: Args) -> dict:
     # ---- offline ----
     if args.compile:
         agent.loss = torch.compile(agent.loss)
-    chunk = math.gcd(50, args.offline_steps, args.eval_every, args.save_every)  # updates per call, or per graph replay
+    done, every = progress["offline_step"], (args.eval_every, args.save_every)
+    chunk = math.gcd(50, args.offline_steps, *every, done)  # updates per call, or per graph replay
     update = partial(run_updates, agent, buffer, chunk)
     update = CudaGraph(update) if args.cuda_graph else update
-    bar = tqdm(range(progress["offline_step"] + chunk, args.offline_steps + 1, chunk), "offline", unit_scale=chunk)
+    bar = tqdm(range(done + chunk, args.offline_steps + 1, chunk), "offline", unit_scale=chunk)
     for step in bar:
         losses = update()
         run.check("offline", step, losses)

@@ -6,15 +6,16 @@
                                                                           # folders may be gone
     python report.py runs/quick --scripts sft_reset iql_finetune --out runs/quick/sft       # of these scripts alone
 
-Every table is made from results/per_seed.csv alone, the figures from results/curves.csv. Means, interquartile means
-(IQM) and 95 % percentile intervals from a stratified bootstrap (runs drawn anew within each task), as Agarwal et al.
-2021, "Deep RL at the Edge of the Statistical Precipice", by scipy. Never averaged, but listed apart: runs that are
-incomplete, that differ in settings from the others, that are there twice, or whose curve contradicts their summary; and
-those of an earlier report whose `apart`, in its per_seed.csv, begins with "superseded".
+Every table is made from the out folder's per_seed.csv (and --reported), the figures from its curves.csv, too. Means,
+interquartile means (IQM) and 95 % percentile intervals from a stratified bootstrap (runs drawn anew within each task),
+as Agarwal et al. 2021, "Deep RL at the Edge of the Statistical Precipice", by scipy. Never averaged, but listed apart:
+runs that are incomplete, that differ in settings from the others, that are there twice, or whose curve contradicts
+their summary; and those of an earlier report whose `apart`, in its per_seed.csv, begins with "superseded".
 """
 
 import ast
 import csv
+import functools
 import hashlib
 import json
 import os
@@ -48,6 +49,7 @@ PAIRS += [("jsrl_gated", "jsrl_gated_no_gate"), ("sft_reset", "sft_reset_online"
 ORDER = ["jsrl_gated", "sft_reset", "cal_ql", "cal_ql_fast", "iql_finetune", "jsrl_gated_open"]  # of rows; then others
 COLORS = dict(zip(ORDER, ("#0072B2", "#D55E00", "#009E73", "#8FD0B5", "#333333", "#56B4E9"), strict=True))
 MORE_COLORS = ("#CC79A7", "#E69F00", "#8B5A2B", "#7F3FBF", "#B0A000", "#888888")
+FROM_IQL = {"offline"} | {name for pair in PAIRS for name in pair}
 # Of IQL, which the scripts of a pair start from: a comparison is of runs that have the same. That they start from one
 # offline.pt is benchmark.sh's doing; their offline scores may differ where they ran on other machines.
 SHARED = ("hidden", "batch_size", "gamma", "tau", "learning_rate", "expectile", "beta", "dropout", "reward_scale")
@@ -124,7 +126,9 @@ def read_runs(folders: tuple[Path, ...]) -> list[dict]:
             summary = json.loads((path / "summary.json").read_text()) if (path / "summary.json").exists() else {}
             row = {key: summary.get(key, args.get(key)) for key in COLUMNS} | {"apart": ""}
             row |= {"task": args["env_id"], "script": args["exp_name"], "algorithm": script.removesuffix(".py")}
-        except (LookupError, SyntaxError, ValueError) as error:
+            if summary:
+                summary |= {key: float(summary[key]) for key in ("final_score", "lowest_score", "offline_score")}
+        except (LookupError, SyntaxError, TypeError, ValueError) as error:
             fail(f"cannot read {path} ({error!r}); delete it, or restore args.json, summary.json and the script in it")
         versions = {name: number.split("+")[0] for name, number in summary.get("versions", {}).items()}
         row["run"] = f"{row['dataset_id']}/{path.name}"  # the same folder name may be of official data and a stand-in
@@ -174,12 +178,16 @@ def merged(fresh: list[dict], earlier: list[dict]) -> list[dict]:
             print(f"{row['run']}: {row['apart']}; what was reported of it stays")
             continue
         rows.append(row)
-        other = [before for before in there if any(before[key] != row[key] for key in (*PROTOCOL, "settings"))]
-        other = [before for before in other if not before["apart"].startswith(UNUSABLE[0])]
-        past = [before for before in there if before["apart"].startswith(UNUSABLE[2]) and before["code"] != row["code"]]
-        old[row["run"]] = past + [before for before in other if before not in past]
-        if other:
-            print(f"{row['run']}: of other settings than what was reported of it, which is kept beside it")
+        stay = []
+        for before in there:
+            other = any(before[key] != row[key] for key in (*PROTOCOL, "settings"))
+            if before["apart"].startswith(UNUSABLE[2]):
+                other = other or before["code"] != row["code"]
+            if other and not before["apart"].startswith(UNUSABLE[0]):
+                stay.append(before)
+        old[row["run"]] = stay
+        if stay:
+            print(f"{row['run']}: of other settings or code than what was reported of it, which is kept beside it")
     rows += [row for run in old.values() for row in run]
     rows.sort(key=lambda row: (row["task"], row["script"], row["seed"]))
     for row in rows:
@@ -228,9 +236,8 @@ def set_apart(rows: list[dict]) -> None:
         check(same, lambda row: {k: v for k, v in row["settings"].items() if k not in row["domain"]})
     for same in groups("task", "dataset_id", "script"):
         check(same, lambda row: row["settings"] | {"eval_env": row["eval_env"]})
-    pairs = {name for pair in PAIRS for name in pair}
     for same in groups("task", "dataset_id"):
-        if compared := [row for row in same if row["script"] in pairs]:
+        if compared := [row for row in same if row["script"] in FROM_IQL]:
             keys = [key for key in SHARED if all(key in row["settings"] for row in compared)]
             check(compared, lambda row, keys=keys: {key: row["settings"][key] for key in keys})
     for same in groups("task", "dataset_id", "script", "seed"):
@@ -323,7 +330,7 @@ def table(head: list[str], body: list[list]) -> str:
 
 
 def label(task: str, dataset_id: str) -> str:
-    return f"{task} (STAND-IN)" if dataset_id.startswith("o2o/") else task
+    return f"{task} (STAND-IN {dataset_id.rpartition('-')[2]})" if dataset_id.startswith("o2o/") else task
 
 
 def kept(rows: list[dict]) -> list[dict]:
@@ -340,8 +347,10 @@ def gained(values: np.ndarray) -> str:
     return f"{np.nanmean(values):,.0f} ({n} of {len(values)})" if n else f"never (0 of {len(values)})"
 
 
-def marks(rows) -> str:
-    return "†" * (len({(row["code"], row["versions"], row["device"]) for row in rows}) > 1)
+def marks(rows: list[dict], compared: list[dict]) -> str:
+    """Whether these runs of one script have differing code, or those they are compared with differing machines."""
+    machines = {(row["versions"], row["device"]) for row in compared}
+    return "†" * (len({row["code"] for row in rows}) > 1 or len(machines) > 1)
 
 
 def protocol(rows: list[dict]) -> str:
@@ -356,7 +365,7 @@ def protocol(rows: list[dict]) -> str:
 
 
 def published(task: str, script: str, online_steps: int, reported: list[dict]) -> str:
-    """Confirmed published online result nearest to ours: of as many online steps, else the one after most."""
+    """Confirmed published online result: the one of as many online steps as ours, else that of the most."""
     found = [r for r in reported if r["phase"] == "online" and r["task"] == task and r["trust"] != "recall"]
     found = [r for r in found if r["algorithm"] == REPORTED_AS.get(script)]
     if not found:
@@ -365,7 +374,8 @@ def published(task: str, script: str, online_steps: int, reported: list[dict]) -
         found, key=lambda r: (int(r["online_steps"]) == online_steps, int(r["online_steps"]), r["offline_score"] != "")
     )
     steps, source = int(best["online_steps"]), best["source"].split(",")[0]
-    return f"{best['offline_score'] or '?'} → {best['score']} at {steps:,} ({source})"
+    note = f", {best['note']}" if best["note"] else ""
+    return f"{best['offline_score'] or '?'} → {best['score']} at {steps:,} ({source}{note})"
 
 
 def main_table(rows: list[dict], reported: list[dict], every_metric: bool = False) -> str:
@@ -373,32 +383,16 @@ def main_table(rows: list[dict], reported: list[dict], every_metric: bool = Fals
     for task, dataset_id, script in unique(kept(rows), "task", "dataset_id", "script"):
         mine = [r for r in kept(rows) if (r["task"], r["dataset_id"], r["script"]) == (task, dataset_id, script)]
         value = {metric: interval(mean, [select(mine, metric)]) for metric in METRICS[:-1]}
-        cells = [
-            label(task, dataset_id),
-            script,
-            f"{len(mine)}{marks(mine)}",
-            show(value["offline_score"]),
-            show(value["final_score"]),
-        ]
+        cells = [label(task, dataset_id), script, f"{len(mine)}{marks(mine, mine)}"]
+        cells += [show(value["offline_score"]), show(value["final_score"])]
         if every_metric:
             middle = show(interval(iqm, [select(mine, "final_score")])) if len(mine) > 3 else "-"  # of fewer: the mean
             cells += [middle, show(value["lowest_score"])]
         cells += [show(value["drop"]), show(value["degradation_area"]), show(value["regret"], 2)]
         cells += [gained(select(mine, "steps_to_gain"))]
         body.append([*cells, published(task, script, int(float(mine[0]["online_steps"])), reported)])
-    extra = ["final IQM", "lowest"] if every_metric else []
-    head = [
-        "task",
-        "script",
-        "seeds",
-        "offline",
-        "→ final",
-        *extra,
-        "drop",
-        "degradation area",
-        "regret",
-        "steps to gain",
-    ]
+    head = ["task", "script", "seeds", "offline", "→ final"] + ["final IQM", "lowest"] * every_metric
+    head += ["drop", "degradation area", "regret", "steps to gain"]
     return table([*head, "reported"], body)
 
 
@@ -413,10 +407,13 @@ def samples_of(rows: list[dict], script: str, metric: str, tasks: list[tuple]) -
 
 
 def common(rows: list[dict], scripts) -> list[dict]:
-    """The scripts' runs of tasks and seeds that every one of them has."""
+    """The scripts' runs of tasks and seeds that every one of them has, on the newest version of each dataset."""
     rows = [row for row in kept(rows) if row["script"] in scripts]
     times = Counter((row["task"], row["dataset_id"], row["seed"]) for row in rows)
-    return [row for row in rows if times[row["task"], row["dataset_id"], row["seed"]] == len(scripts)]
+    rows = [row for row in rows if times[row["task"], row["dataset_id"], row["seed"]] == len(scripts)]
+    data = lambda row: (row["task"], row["dataset_id"].rpartition("-v")[0])  # noqa: E731
+    newest = {data(row): row["dataset_id"] for row in sorted(rows, key=lambda row: row["dataset_id"])}
+    return [row for row in rows if row["dataset_id"] == newest[data(row)]]
 
 
 def aggregate_table(rows: list[dict]) -> str:
@@ -424,7 +421,7 @@ def aggregate_table(rows: list[dict]) -> str:
     tasks and seeds that all of these have."""
     scripts = [script for (script,) in unique(kept(rows), "script")]
     scripts.sort(key=lambda script: ORDER.index(script) if script in ORDER else 99)
-    count = {script: len(shared_tasks(rows, [script])) for script in scripts}
+    count = {script: len({task for task, _ in shared_tasks(rows, [script])}) for script in scripts}
     scripts = [script for script in scripts if count[script] == max(count.values())]
     runs = Counter(row["script"] for row in kept(rows) if row["script"] in scripts)
     scripts = [script for script in scripts if runs[script] >= 0.75 * max(runs.values())]
@@ -433,7 +430,7 @@ def aggregate_table(rows: list[dict]) -> str:
     if not tasks:
         return "The scripts have no task and seed in common.\n"
     for script in scripts:
-        name = script + marks(row for row in rows if row["script"] == script)
+        name = script + marks([row for row in rows if row["script"] == script], rows)
         cells = [name, f"{len(tasks)}", sum(map(len, samples_of(rows, script, "drop", tasks)))]
         for statistic, metric in ((mean, "offline_score"), (mean, "final_score"), (iqm, "final_score")):
             cells.append(show(interval(statistic, samples_of(rows, script, metric, tasks))))
@@ -466,7 +463,7 @@ def headline_table(rows: list[dict]) -> str:
             least = {(False, True): "at least ", (True, False): "at most "}.get(never, "")
             faster = f"{least}{show(interval(ratio, steps[1] + steps[0]), 2, 'x')}, {many}"
         higher = [samples_of(pair, name, "final_score", tasks) for name in names]
-        cells = [name + marks(row for row in pair if row["script"] == name) for name in names]
+        cells = [name + marks([row for row in pair if row["script"] == name], pair) for name in names]
         cells += [len(tasks), len(pair) // 2, f"{mean(*drops[1]):.1f} → {mean(*drops[0]):.1f}", show(less, 1, " %")]
         body.append([*cells, faster, show(interval(improvement, higher[0] + higher[1]), 2),
                      show(interval(improvement, drops[1] + drops[0]), 2)])  # fmt: skip
@@ -482,7 +479,7 @@ def offline_table(rows: list[dict], reported: list[dict]) -> str:
     for task, dataset_id in unique(fine, "task", "dataset_id"):
         here = [row for row in fine if (row["task"], row["dataset_id"]) == (task, dataset_id)]
         cells = [label(task, dataset_id), f"{int(float(here[0]['offline_steps'])):,}"]
-        iql = [row for row in here if row["algorithm"] != "cal_ql"]
+        iql = [row for row in here if row["script"] in FROM_IQL]
         # Of a seed the run that trained the phase, if it is here; a variant only where no run has its script's own name
         iql.sort(key=lambda row: (row["script"] == "offline", row["script"] == row["algorithm"]))
         for mine in (iql, *([row for row in here if row["script"] == script] for script in own)):
@@ -521,8 +518,9 @@ table over the tasks on what all of them have; P: the chance that a run of the f
 on the same task, a tie counting half.
 Steps to gain: mean over the runs that gained 10 points, in three evaluations in a row, and how many did; in the ratio
 of two scripts, which is over the tasks where one of them gains, a run that never does counts with its whole online
-phase: a bound, where all of the other's do. †: with more than one version of the script (column `code` of per_seed.csv)
-or of PyTorch or numpy, or on both CPU and GPU. ‡: from memory, not confirmed.
+phase: a bound, where all of the other's do. †: with more than one version of the script (column `code` of
+per_seed.csv); or where what is compared is with more than one of PyTorch or numpy, or on both CPU and GPU. ‡: from
+memory, not confirmed.
 """
 CAPTION = """
 Bold: score of what is deployed, mean over seeds, with its interval as a band. Thin: the learner alone. Dashed: after
@@ -569,8 +567,8 @@ def on_grid(rows: list[dict], tag: str) -> tuple[np.ndarray, np.ndarray]:
     curves = [row["scalars"][tag] for row in rows if tag in row["scalars"]]
     if not curves:
         return np.zeros(0), np.zeros((0, 0))
-    steps = sorted(set.intersection(*(set(curve[:, 0]) for curve in curves)))
-    return np.array(steps), np.array([[dict(curve)[step] for step in steps] for curve in curves])
+    steps = functools.reduce(np.intersect1d, [curve[:, 0] for curve in curves])
+    return steps, np.array([curve[np.isin(curve[:, 0], steps), 1] for curve in curves])
 
 
 def held(rows: list[dict], tag: str, grid: np.ndarray) -> np.ndarray:
@@ -682,6 +680,8 @@ def main(args: Args) -> None:
     for path in filter(None, (args.reported, args.readme)):
         if not path.is_file():
             fail(f"there is no {path}; --reported and --readme name files that are there")
+    if not args.runs:
+        fail("give folders of run folders, or of an earlier report; see --help")
     earlier, out = [], args.out or args.runs[0] / "report"
     if args.readme:
         name = os.path.relpath(out, args.readme.parent)
@@ -722,11 +722,11 @@ def main(args: Args) -> None:
     drawn = [row for row in kept(found) if "online/normalized_score" in row["scalars"]]
     if drawn:
         draw(drawn, out / "curves.png", colors(drawn))
-    for task, dataset_id in unique(drawn, "task", "dataset_id"):
-        name = task.replace("/", "_") + ("" if sum(t == task for t, _ in unique(drawn, "task", "dataset_id")) == 1 else
-                                         "_" + dataset_id.replace("/", "_"))  # fmt: skip
+    tasks = unique(drawn, "task", "dataset_id")
+    for task, dataset_id in tasks:
+        names = [task, dataset_id] if sum(other == task for other, _ in tasks) > 1 else [task]
         shown = [r for r in drawn if (r["task"], r["dataset_id"]) == (task, dataset_id)]
-        draw(shown, out / f"curves_{name}.png", colors(drawn))
+        draw(shown, out / f"curves_{'_'.join(names).replace('/', '_')}.png", colors(drawn))
     print(headline_table(rows) + "\n" + main_table(rows, reported))
     n = sum(bool(row["apart"]) for row in rows)
     print(f"{len(kept(rows))} runs in the tables, {n} apart; see {out / 'table.md'}")

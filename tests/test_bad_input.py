@@ -457,8 +457,21 @@ def test_resume_with_other_arguments(refuse, toy_args):
         assert next(iter(other)) in line and str(next(iter(other.values()))) in line and len(line) < 400
     now = (run_folder(toy_args) / "checkpoint.pt").read_bytes(), (run_folder(toy_args) / "args.json").read_text()
     assert now == saved
-    more_often = {"resume": True, "offline_steps": 5, "online_steps": 5, "save_every": 1}  # is not another run
-    assert iql.train(iql.Args(**toy_args | more_often))["online_steps"] == 5
+    same = {
+        "resume": True,
+        "offline_steps": 5,
+        "online_steps": 5,
+        "save_every": 1,
+        "dataset": "official",
+    }  # no other run
+    same["run_dir"] = os.path.relpath(toy_args["run_dir"])  # none of it makes another run
+    assert iql.train(iql.Args(**toy_args | same))["online_steps"] == 5
+
+
+def test_the_same_command_twice_at_once(refuse, toy_args, monkeypatch):
+    load_task = iql.load_task
+    monkeypatch.setattr(iql, "load_task", lambda args: (run_folder(toy_args).mkdir(parents=True), load_task(args))[1])
+    assert str(run_folder(toy_args)) in refuse(folder_stays=True) and not list(run_folder(toy_args).iterdir())
 
 
 def test_resume_with_other_data_or_another_script(refuse, toy_args, monkeypatch):

@@ -143,7 +143,7 @@ def test_losses_and_gradients_are_those_of_an_independent_implementation(switche
         _, log_prob = cal_ql.squash(*before.actor(batch["obs"]), noise["actor"])
         data_q = before.critic(batch["obs"], batch["action"].unsqueeze(1)).mean()
     seen = {"cql_gap_0": gaps[0], "cql_gap_1": gaps[1], "alpha": before.log_alpha.exp(), "entropy": -log_prob.mean()}
-    seen["data_q"] = data_q
+    seen |= {"alpha_prime": before.log_alpha_prime.exp(), "data_q": data_q}
     if switches["calibrate"]:
         seen["bound_rate"] = torch.tensor(bounded / sampled, dtype=torch.double)
     assert set(losses) == {*expected, *seen, "bound_rate"}

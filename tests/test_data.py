@@ -299,6 +299,15 @@ def test_goal_tasks_end_at_the_goal(capsys):
     assert re.search(line, capsys.readouterr().out)
 
 
+def test_a_goal_is_kept_where_a_file_without_next_observations_cuts_its_episodes(tmp_path):
+    rng, reached = np.random.default_rng(0), np.arange(12) % 4 == 3
+    with h5py.File(tmp_path / "maze.hdf5", "w") as file:
+        file["observations"], file["actions"] = rng.normal(size=(12, 8)), rng.uniform(-1, 1, (12, 2))
+        file["rewards"], file["terminals"], file["timeouts"] = reached.astype(float), np.zeros(12, bool), reached
+    data = iql.load_task(make_args(env_id=str(tmp_path / "maze.hdf5"), eval_env="PointMaze_UMaze-v3")).data
+    assert data["terminated"].tolist() == reached.tolist() and not data["truncated"].any()
+
+
 def test_pointmaze_episodes_begin_with_their_own_goal():
     """Minari's are cut from one run: the first observation has the goal that was just reached (its issue 265)."""
     goals = np.array([0.0, 1.0, 1.0])[:, None]
@@ -717,13 +726,16 @@ def test_server_that_never_answers_costs_ten_seconds(stand_in_maker, monkeypatch
 
 
 @pytest.mark.parametrize("breaks", [False, True])
-def test_minari_download_is_put_in_place_when_whole(monkeypatch, capsys, breaks):
+@pytest.mark.parametrize("faster", [False, True])
+def test_minari_download_is_put_in_place_when_whole(monkeypatch, capsys, breaks, faster):
     def fake(dataset_id, **_):
         path = minari.storage.get_dataset_path(dataset_id) / "data"
         path.mkdir(parents=True)
         (path / "main_data.hdf5").write_text("half")
         if breaks:
             raise ConnectionError("lost")
+        if faster:  # another process, with the same dataset
+            shutil.copytree(path.parent, folder / dataset_id)
 
     class Answer:
         def close(self):

@@ -102,7 +102,7 @@ def test_numbers_are_those_worked_by_hand(tmp_path):
     make_run(runs, seed=2, scores=(52, 32, 52, 52, 57))  # drop 20, area 20/5, never gains
     rows, text = run_report(runs, out=tmp_path / "out")
     assert [(row["apart"], row["eval_env"]) for row in rows] == [("", "Hopper-v4")] * 2
-    line = cells(report.main_table(rows, []), "hopper-medium (STAND-IN)", "iql_finetune")
+    line = cells(report.main_table(rows, []), "hopper-medium (STAND-IN v0)", "iql_finetune")
     # With two runs the bootstrap's 2.5 % and 97.5 % percentiles are the smaller and the larger.
     assert line[2:8] == ["2", "51.0 [50.0, 52.0]", "60.0 [57.0, 63.0]", "15.0 [10.0, 20.0]", "3.0 [2.0, 4.0]",
                          "0.48 [0.45, 0.51]"]  # fmt: skip
@@ -228,7 +228,7 @@ def test_listed_apart_and_never_averaged(tmp_path):
     assert hopper[10] == "its learning curve and its summary.json disagree"
     assert hopper[1].startswith("there twice")
     assert ("pen-human", "1") not in reasons and "tolerance" in reasons["walker2d-medium", "1"]
-    line = cells(report.main_table(rows, []), "hopper-medium (STAND-IN)")
+    line = cells(report.main_table(rows, []), "hopper-medium (STAND-IN v0)")
     assert line[2] == "3" and line[4] == "60.0 [60.0, 60.0]"
     for reason in reasons.values():
         assert reason in text
@@ -239,7 +239,7 @@ def test_official_and_stand_in_are_two_rows(tmp_path):
     make_run(tmp_path / "b", task="hopper-medium", dataset_id="hopper-medium-v2", scores=(70, 70, 70))
     rows, _ = run_report(tmp_path / "a", tmp_path / "b", out=tmp_path / "out")
     table = report.main_table(rows, [])
-    assert cells(table, "hopper-medium (STAND-IN)")[4] == "60.0" and cells(table, "hopper-medium")[4] == "70.0"
+    assert cells(table, "hopper-medium (STAND-IN v0)")[4] == "60.0" and cells(table, "hopper-medium")[4] == "70.0"
 
 
 def test_reported_numbers_beside_ours(tmp_path):
@@ -250,7 +250,7 @@ def test_reported_numbers_beside_ours(tmp_path):
     assert cells(text, "pen-cloned", "iql_finetune")[-1] == "84.19 → 102.02 at 1,000,000 (CORL)"
     assert cells(text, "kitchen-mixed", "cal_ql")[-1] == "-"  # what is only remembered is not compared with
     assert "Cal-QL paper, main table‡" in cells(text, "kitchen-mixed", "Cal-QL")[-1]
-    offline = cells(text.split("## Offline")[1], "hopper-medium (STAND-IN)")
+    offline = cells(text.split("## Offline")[1], "hopper-medium (STAND-IN v0)")
     assert offline[1:4] == ["100,000", "66.0 (1)", "-"]
     assert offline[4] == "67.53 CORL; 56.78 JAX-CORL; 66.3 IQL paper‡"
     reported = reported_rows()
@@ -306,7 +306,7 @@ def test_iql_is_scored_where_its_offline_phase_was_trained(tmp_path):
     for script, score in (("jsrl_gated", 40.0), ("offline", 50.0), ("sft_reset", 60.0)):
         make_run(tmp_path, script=script, scores=(score, score))
     rows, _ = run_report(tmp_path, out=tmp_path / "out")
-    assert cells(report.offline_table(rows, []), "hopper-medium (STAND-IN)")[2] == "50.0 (1)"
+    assert cells(report.offline_table(rows, []), "hopper-medium (STAND-IN v0)")[2] == "50.0 (1)"
 
 
 def test_scripts_are_compared_over_the_tasks_on_the_seeds_that_all_have(tmp_path):
@@ -329,7 +329,7 @@ def test_offline_table_goes_by_script_and_settings_not_by_name(tmp_path):
     rows, text = run_report(tmp_path, out=tmp_path / "out")
     found = report.offline_table(rows, [])
     assert cells(found, "task")[2:4] == ["IQL (seeds)", "cal_ql_renamed (seeds)"]
-    assert cells(found, "hopper-medium (STAND-IN)")[1:4] == ["100,000", "50.0 (1)", "1.0 (1)"]
+    assert cells(found, "hopper-medium (STAND-IN v0)")[1:4] == ["100,000", "50.0 (1)", "1.0 (1)"]
     assert "offline_steps 200000, others 100000" in text
 
 
@@ -377,7 +377,7 @@ def test_readme_is_updated_between_its_markers(tmp_path):
     rows, _ = run_report(tmp_path / "runs", out=tmp_path / "results", readme=readme)
     block = report.readme_block(rows, reported_rows())
     assert readme.read_text() == f"before\n<!-- results -->\n{block}<!-- /results -->\nafter\n"
-    assert "hopper-medium (STAND-IN)" in block and "results/curves.png" in block
+    assert "hopper-medium (STAND-IN v0)" in block and "results/curves.png" in block
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs/README.md").write_text(readme.read_text())
     maze = tmp_path / "results/maze"
@@ -438,7 +438,7 @@ def test_a_run_of_other_settings_does_not_take_the_place_of_a_reported_one(tmp_p
     make_run(tmp_path / "trial", seed=1, scores=(50, 40))  # fewer steps
     for _ in range(2):  # reported again, nothing is there twice
         rows, _ = run_report(tmp_path / "trial", tmp_path / "results", out=tmp_path / "results")
-        assert "of other settings than what was reported of it, which is kept" in capsys.readouterr().out
+        assert "of other settings or code than what was reported of it, which is kept" in capsys.readouterr().out
         assert sorted(row["seed"] for row in rows if not row["apart"]) == ["1", "2", "3"]
         assert [row["apart"][:18] for row in rows if row["apart"]] == ["different settings"] and len(rows) == 4
 

@@ -186,6 +186,20 @@ def test_killed_at_an_exact_moment(toy_args, tmp_path_factory, monkeypatch, mome
     assert_equal_logs(folder, reference)
 
 
+def test_no_offline_step_is_missed_where_checkpoints_are_to_be_rarer_than_before(toy_args, monkeypatch):
+    args = toy_args | {"offline_steps": 200, "online_steps": 2, "eval_every": 100, "eval_episodes": 1, "save_every": 25}
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        crash_at(patch, iql, "save_file", 5)  # args.json, then checkpoints after 25, 50 and 75 updates
+        iql.train(iql.Args(**args))
+    updates, update = [], iql.Agent.update
+    monkeypatch.setattr(iql.Agent, "update", lambda *a: (updates.append(1), update(*a))[1])
+    next_second()
+    iql.train(iql.Args(**args | {"save_every": 50, "resume": True}))
+    assert len(updates) == 200 - 75 + 1, "and one online, after the first step"
+    checkpoint = torch.load(run_folder(args) / "checkpoint.pt", weights_only=True)
+    assert checkpoint["progress"]["offline_step"] == 200
+
+
 def test_everything_logged_before_a_checkpoint_is_on_the_disk_with_it(toy_args, monkeypatch):
     """What a killed process had not yet written is logged again only if it came after the checkpoint."""
     seen, save_file = [], iql.save_file

@@ -180,10 +180,8 @@ def merged(fresh: list[dict], earlier: list[dict]) -> list[dict]:
         rows.append(row)
         stay = []
         for before in there:
-            other = any(before[key] != row[key] for key in (*PROTOCOL, "settings"))
-            if before["apart"].startswith(UNUSABLE[2]):
-                other = other or before["code"] != row["code"]
-            if other and not before["apart"].startswith(UNUSABLE[0]):
+            keys = (*PROTOCOL, "settings") + ("code",) * before["apart"].startswith(UNUSABLE[2])
+            if any(before[key] != row[key] for key in keys) and not before["apart"].startswith(UNUSABLE[0]):
                 stay.append(before)
         old[row["run"]] = stay
         if stay:
@@ -406,14 +404,17 @@ def samples_of(rows: list[dict], script: str, metric: str, tasks: list[tuple]) -
     return [select(kept(rows), metric, script=script, task=task, dataset_id=d) for task, d in tasks]
 
 
+def unversioned(task: str, dataset_id: str) -> tuple[str, str]:
+    return task, dataset_id.rpartition("-v")[0]
+
+
 def common(rows: list[dict], scripts) -> list[dict]:
     """The scripts' runs of tasks and seeds that every one of them has, on the newest version of each dataset."""
     rows = [row for row in kept(rows) if row["script"] in scripts]
     times = Counter((row["task"], row["dataset_id"], row["seed"]) for row in rows)
     rows = [row for row in rows if times[row["task"], row["dataset_id"], row["seed"]] == len(scripts)]
-    data = lambda row: (row["task"], row["dataset_id"].rpartition("-v")[0])  # noqa: E731
-    newest = {data(row): row["dataset_id"] for row in sorted(rows, key=lambda row: row["dataset_id"])}
-    return [row for row in rows if row["dataset_id"] == newest[data(row)]]
+    newest = {unversioned(*data): data for data in sorted(unique(rows, "task", "dataset_id"))}
+    return [row for row in rows if (row["task"], row["dataset_id"]) in newest.values()]
 
 
 def aggregate_table(rows: list[dict]) -> str:
@@ -421,7 +422,7 @@ def aggregate_table(rows: list[dict]) -> str:
     tasks and seeds that all of these have."""
     scripts = [script for (script,) in unique(kept(rows), "script")]
     scripts.sort(key=lambda script: ORDER.index(script) if script in ORDER else 99)
-    count = {script: len({task for task, _ in shared_tasks(rows, [script])}) for script in scripts}
+    count = {script: len({unversioned(*data) for data in shared_tasks(rows, [script])}) for script in scripts}
     scripts = [script for script in scripts if count[script] == max(count.values())]
     runs = Counter(row["script"] for row in kept(rows) if row["script"] in scripts)
     scripts = [script for script in scripts if runs[script] >= 0.75 * max(runs.values())]

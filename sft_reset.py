@@ -788,8 +788,8 @@ class Retention(nn.Module):
         super().__init__()
         self.args = args
         self.per_return, self.ref_min = 100 / (task.ref_max - task.ref_min), task.ref_min
-        known = task.domain not in WRAPPERS  # elsewhere to terminate is good
-        self.may_fall = known and bool(task.data["terminated"].any())
+        self.ends_fail = task.domain not in WRAPPERS  # elsewhere to terminate is good
+        self.may_fall = self.ends_fail and bool(task.data["terminated"].any())
         # Of a learner's form, but no update reaches them: the retained pair, the one proposed, the former one (replaced
         # last) and the learner as it was when its latest whole episode began.
         self.pairs = nn.ModuleList(copy.deepcopy(learner).requires_grad_(False) for _ in range(4))
@@ -952,8 +952,8 @@ class Evaluator(Retention):
         self.horizon = 1 / (1 - args.gamma)  # effective
         self.scale = float(np.abs(task.data["reward"]).mean()) * self.horizon + 1e-6  # the unit of the limits
         steps = len(task.data["reward"]) / task.episodes
-        known = task.domain not in WRAPPERS  # elsewhere a value counts steps, not successes
-        self.per_value = float(steps / self.horizon / task.reward_scale * self.per_return) if known else math.nan
+        points = float(steps / self.horizon / task.reward_scale * self.per_return)
+        self.per_value = points if self.ends_fail else math.nan  # elsewhere a value counts steps, not successes
         self.fitted = nn.ModuleList(copy.deepcopy(learner.critic) for _ in range(2))
         self.fitted_targets = copy.deepcopy(self.fitted).requires_grad_(False)
         trained = self.fitted.parameters()
@@ -1508,7 +1508,7 @@ def train(args: Args) -> dict:
             bar.set_postfix(score=f"{result['normalized_score']:.1f}", learner=f"{result['learner_score']:.1f}")
         if over:
             run.log("online", step, {"episodic_return": episode_return})
-            evaluator.may_fall = evaluator.may_fall or bool(terminated and task.domain not in WRAPPERS)
+            evaluator.may_fall = evaluator.may_fall or bool(terminated and evaluator.ends_fail)
             evaluator.end_episode(learner, step, episode_return)
             progress["episode"] += 1
             if run.stop or step - run.saved_at >= args.save_every:

@@ -242,6 +242,19 @@ def test_official_and_stand_in_are_two_rows(tmp_path):
     assert cells(table, "hopper-medium (STAND-IN v0)")[4] == "60.0" and cells(table, "hopper-medium")[4] == "70.0"
 
 
+def test_two_versions_of_a_stand_in_are_one_task_on_the_newer_where_both_scripts_have_it(tmp_path):
+    for dataset_id, drop in (("o2o/hopper/medium-v0", 30.0), ("o2o/hopper/medium-v1", 10.0)):
+        for script, lowest in (("jsrl_gated", 50.0), ("iql_finetune", 50.0 - drop)):
+            for seed in (1, 2):
+                folder = tmp_path / dataset_id[-2:]
+                make_run(folder, script=script, seed=seed, scores=(50.0, lowest, 60.0), dataset_id=dataset_id)
+    rows, _ = run_report(tmp_path / "v0", tmp_path / "v1", out=tmp_path / "out")
+    assert cells(report.headline_table(rows), "jsrl_gated", "iql_finetune")[2:5] == ["1", "2", "10.0 → 0.0"]
+    assert cells(report.aggregate_table(rows), "iql_finetune")[1:3] == ["1", "2"]
+    table = report.main_table(rows, [])
+    assert all(cells(table, f"hopper-medium (STAND-IN {version})", "iql_finetune") for version in ("v0", "v1"))
+
+
 def test_reported_numbers_beside_ours(tmp_path):
     make_run(tmp_path, task="pen-cloned", dataset_id="D4RL/pen/cloned-v2")
     make_run(tmp_path, task="kitchen-mixed", script="cal_ql", dataset_id="D4RL/kitchen/mixed-v2")

@@ -413,7 +413,8 @@ def common(rows: list[dict], scripts) -> list[dict]:
     rows = [row for row in kept(rows) if row["script"] in scripts]
     times = Counter((row["task"], row["dataset_id"], row["seed"]) for row in rows)
     rows = [row for row in rows if times[row["task"], row["dataset_id"], row["seed"]] == len(scripts)]
-    newest = {unversioned(*data): data for data in sorted(unique(rows, "task", "dataset_id"))}
+    by_version = sorted(unique(rows, "task", "dataset_id"), key=lambda data: (len(data[1]), data))  # -v10 after -v9
+    newest = {unversioned(*data): data for data in by_version}
     return [row for row in rows if (row["task"], row["dataset_id"]) in newest.values()]
 
 
@@ -499,9 +500,8 @@ def reported_table(rows: list[dict], reported: list[dict]) -> str:
     tasks = {row["task"] for row in rows}
     found = [r for r in reported if r["task"] in tasks and r["phase"] == "online"]
     keys = ("task", "reported_on", "algorithm", "offline_score", "online_steps", "score", "std", "seeds", "source")
-    return table(
-        [*keys], [[r[key] or "-" for key in keys[:-1]] + [r["source"] + "‡" * (r["trust"] == "recall")] for r in found]
-    )
+    body = [[r[key] or "-" for key in keys[:-1]] + [r["source"] + "‡" * (r["trust"] == "recall")] for r in found]
+    return table([*keys], body) if found else "None for these tasks.\n"
 
 
 def apart_list(rows: list[dict]) -> str:

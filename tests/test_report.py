@@ -242,30 +242,32 @@ def test_official_and_stand_in_are_two_rows(tmp_path):
     assert cells(table, "hopper-medium (STAND-IN v0)")[4] == "60.0" and cells(table, "hopper-medium")[4] == "70.0"
 
 
-def test_two_versions_of_a_stand_in_are_one_task_on_the_newer_where_both_scripts_have_it(tmp_path):
-    for dataset_id, drop in (("o2o/hopper/medium-v0", 30.0), ("o2o/hopper/medium-v1", 10.0)):
+@pytest.mark.parametrize("versions", (("v0", "v1"), ("v9", "v10")))
+def test_two_versions_of_a_stand_in_are_one_task_on_the_newer_where_both_scripts_have_it(tmp_path, versions):
+    for version, drop in zip(versions, (30.0, 10.0), strict=True):
         for script, lowest in (("jsrl_gated", 50.0), ("iql_finetune", 50.0 - drop)):
             for seed in (1, 2):
-                folder = tmp_path / dataset_id[-2:]
-                make_run(folder, script=script, seed=seed, scores=(50.0, lowest, 60.0), dataset_id=dataset_id)
-    rows, _ = run_report(tmp_path / "v0", tmp_path / "v1", out=tmp_path / "out")
+                run = {"script": script, "seed": seed, "scores": (50.0, lowest, 60.0)}
+                make_run(tmp_path / version, dataset_id=f"o2o/hopper/medium-{version}", **run)
+    rows, _ = run_report(*(tmp_path / version for version in versions), out=tmp_path / "out")
     assert cells(report.headline_table(rows), "jsrl_gated", "iql_finetune")[2:5] == ["1", "2", "10.0 → 0.0"]
     assert cells(report.aggregate_table(rows), "iql_finetune")[1:3] == ["1", "2"]
     table = report.main_table(rows, [])
-    assert all(cells(table, f"hopper-medium (STAND-IN {version})", "iql_finetune") for version in ("v0", "v1"))
+    assert all(cells(table, f"hopper-medium (STAND-IN {version})", "iql_finetune") for version in versions)
 
 
 def test_reported_numbers_beside_ours(tmp_path):
     make_run(tmp_path, task="pen-cloned", dataset_id="D4RL/pen/cloned-v2")
     make_run(tmp_path, task="kitchen-mixed", script="cal_ql", dataset_id="D4RL/kitchen/mixed-v2")
     make_run(tmp_path, task="hopper-medium", script="offline", scores=(66, 66, 66))
-    _, text = run_report(tmp_path, out=tmp_path / "out")
+    rows, text = run_report(tmp_path, out=tmp_path / "out")
     assert cells(text, "pen-cloned", "iql_finetune")[-1] == "84.19 → 102.02 at 1,000,000 (CORL)"
     assert cells(text, "kitchen-mixed", "cal_ql")[-1] == "-"  # what is only remembered is not compared with
     assert "Cal-QL paper, main table‡" in cells(text, "kitchen-mixed", "Cal-QL")[-1]
     offline = cells(text.split("## Offline")[1], "hopper-medium (STAND-IN v0)")
     assert offline[1:4] == ["100,000", "66.0 (1)", "-"]
     assert offline[4] == "67.53 CORL; 56.78 JAX-CORL; 66.3 IQL paper‡"
+    assert "## Reported online\n\nNone for these tasks." in report.all_tables([rows[0]], reported_rows())
     reported = reported_rows()
     assert {row["trust"] for row in reported} == {"file", "text", "derived", "recall"}
     assert all(row["source"] and row["reported_on"] and float(row["score"]) < 200 for row in reported)
